@@ -1,0 +1,79 @@
+"""The one parcel that goes from the caller to a worker.
+
+It carries what a config must not: the database URI (a secret), and Python objects that have no JSON form
+(the transform, Ray configs). Secrets are hidden from ``repr``. The parcel is written to a file with mode 0600 and never
+to the database, and only ever read by the worker it was written for.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .config import ModelSpec, TrainConfig
+
+__all__ = ["TrainJob"]
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Attributes:
+
+    run: the run's id, also its experiment id.
+    model: which model.
+    version: the model version that this run will fill.
+    config: how to train.
+    uri: the database, with its password; hidden from repr. None for a database in this process.
+    database: the database's name.
+    artifacts: where artifacts live (None: GridFS; else an fsspec URL).
+    workdir: local folder for this run's spool, checkpoints in the making and log.
+    transform: the person's function, or None.
+    trainer_kwargs: extra keyword arguments of transformers.Trainer.
+    ray_configs: keyword arguments of ray.train.torch.TorchTrainer.
+    ray_address: where the cluster is; None for this machine's own.
+    resume_from: "experiment/step" to go on from, or None.
+    workers: how many worker processes.
+    """
+
+    run: str
+    model: ModelSpec
+    version: int
+    config: TrainConfig
+    uri: str | None = field(repr=False)
+    database: str
+    workdir: str
+    artifacts: str | None = field(default=None, repr=False)
+    transform: Callable[..., Any] | None = None
+    trainer_kwargs: dict[str, Any] = field(default_factory=dict, repr=False)
+    ray_configs: dict[str, Any] = field(default_factory=dict, repr=False)
+    ray_address: str | None = None
+    resume_from: str | None = None
+    workers: int = 1
+
+    def write(self, path: str | Path) -> Path:
+        """Writes the parcel for one reader: mode 0600, cloudpickle, so that a notebook's own function travels."""
+        import cloudpickle
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            cloudpickle.dump(self, file)
+        return path
+
+    @staticmethod
+    def read(path: str | Path) -> TrainJob:
+        """Reads what ``write`` wrote.
+
+        Raises:
+            TypeError: the file holds something else.
+        """
+        with open(path, "rb") as file:
+            job = pickle.load(file)
+        if not isinstance(job, TrainJob):
+            raise TypeError(f"{path} holds a {type(job).__name__}, not a TrainJob")
+        return job

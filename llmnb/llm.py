@@ -1,0 +1,408 @@
+"""LLM: a language model as a person holds it — described, trained, asked, merged.
+
+An ``LLM`` is cheap until it is asked something: weights are loaded on the first ``predict``. It knows the engine and
+the checkpoint it answers with. The database that trained it hands itself over as an object; this room imports none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .checkpoint import Checkpoint
+from .config import ModelSpec, thaw
+from .errors import ConfigError, Fault, LlmnbError, ModelError, near
+from .query import Select
+from .trainer import LLMTrainer, model_fault
+
+if TYPE_CHECKING:
+    from .engine.generation import Answerer
+
+__all__ = ["LLM", "plain_kwargs"]
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message]
+
+# With neither path, checkpoint nor database at hand, a name like "experiment/step" is looked up in the database
+# that was connected last in this process.
+_last_database: list[Database] = []
+
+
+class Database(Protocol):
+    """What an LLM asks of a database."""
+
+    def apply(self, model: Any, **options: Any) -> Any:
+        """Stores and trains."""
+
+    def find_checkpoint(self, name: str) -> Checkpoint | None:
+        """The checkpoint named "experiment" or "experiment/step", fetched, or None."""
+
+    def fetch(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint with its files on this machine."""
+
+
+def connected(database: Database) -> None:
+    """Remembers the database that names of checkpoints are looked up in."""
+    _last_database[:] = [database]
+
+
+def plain_kwargs(what: str, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Keyword arguments in a form that JSON can hold.
+
+    ``torch.bfloat16`` becomes ``"bfloat16"``; a quantization config its ``to_dict()``.
+
+    Raises:
+        ConfigError: a value that has no such form, by name.
+    """
+    faults: list[Fault] = []
+
+    def plain(name: str, value: Any) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, Mapping):
+            return {str(k): plain(f"{name}.{k}", v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(name, v) for v in value]
+        if type(value).__name__ == "dtype" and str(value).startswith("torch."):
+            return str(value).removeprefix("torch.")
+        if type(value).__module__.startswith("torch") and type(value).__name__ == "device":
+            return str(value)
+        if hasattr(value, "to_dict"):
+            return plain(name, value.to_dict())
+        faults.append(Fault(f"{what}[{name!r}]", f"a {type(value).__name__} cannot be stored with the model"))
+        return None
+
+    out = {str(k): plain(str(k), v) for k, v in (kwargs or {}).items()}
+    if faults:
+        raise ConfigError(faults)
+    return out
+
+
+class LLM:
+    """A causal language model.
+
+    Args:
+        identifier: its name in the database.
+        model_name_or_path: hub id or folder of the base model.
+        bits: None, 4 or 8: how the base is quantised when loaded (bitsandbytes).
+        adapter_id: an adapter on the base: a folder, a hub id, a ``Checkpoint``, or ``"experiment"`` /
+            ``"experiment/step"`` of the database.
+        model_kwargs: passed to ``transformers.AutoModelForCausalLM.from_pretrained``; ``trust_remote_code`` is off
+            unless it says so.
+        tokenizer_kwargs: passed to ``transformers.AutoTokenizer.from_pretrained``.
+        prompt_template: text around a prompt; ``{input}`` is the prompt.
+        predict_kwargs: defaults of ``predict``.
+        trainer: an ``LLMTrainer``; ``db.apply(llm)`` then trains.
+
+    Raises:
+        ConfigError: with every wrong argument.
+    """
+
+    task = "causal-lm"
+
+    def __init__(
+        self,
+        identifier: str = "llm",
+        model_name_or_path: str | Path | None = None,
+        *,
+        bits: int | None = None,
+        adapter_id: str | Path | Checkpoint | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        prompt_template: str = "{input}",
+        predict_kwargs: Mapping[str, Any] | None = None,
+        trainer: LLMTrainer | None = None,
+        **more: Any,
+    ) -> None:
+        trainer = more.pop("configuration", trainer)
+        faults = [_unknown(name) for name in more]
+        fault = model_fault(bits)
+        if fault:
+            faults.append(fault)
+        if not identifier or not isinstance(identifier, str) or "/" in identifier:
+            faults.append(Fault("identifier", f"must be a name without '/', not {identifier!r}"))
+        if not model_name_or_path:
+            faults.append(Fault("model_name_or_path", "is needed", "a hub id or a folder"))
+        if "{input}" not in prompt_template:
+            faults.append(Fault("prompt_template", "has no {input} in it", "put {input} where the prompt goes"))
+        if faults:
+            raise ConfigError(faults)
+        self.trainer = trainer
+        self.adapter_id = adapter_id
+        self._spec = ModelSpec(
+            identifier=identifier,
+            model_name_or_path=str(model_name_or_path),
+            task=self.task,
+            bits=bits,
+            adapter_id=_adapter_name(adapter_id),
+            model_kwargs=plain_kwargs("model_kwargs", model_kwargs),
+            tokenizer_kwargs=plain_kwargs("tokenizer_kwargs", tokenizer_kwargs),
+            prompt_template=prompt_template,
+            predict_kwargs=plain_kwargs("predict_kwargs", predict_kwargs),
+        )
+        self._tuned: Checkpoint | None = None
+        self._answerer: Answerer | None = None
+        self._database: Database | None = None
+        self._run: str | None = None
+
+    @classmethod
+    def from_pretrained(cls, model_name_or_path: str | Path, **kwargs: Any) -> LLM:
+        """An LLM by hub id or folder; keywords that are not LLM's own go to ``model_kwargs``."""
+        own = {"identifier", "bits", "adapter_id", "tokenizer_kwargs", "prompt_template", "predict_kwargs", "trainer"}
+        mine = {k: kwargs.pop(k) for k in list(kwargs) if k in own}
+        given = dict(kwargs.pop("model_kwargs", None) or {})
+        mine.setdefault("identifier", Path(str(model_name_or_path)).name or "llm")
+        return cls(model_name_or_path=model_name_or_path, model_kwargs={**given, **kwargs}, **mine)
+
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, trainer: LLMTrainer | None = None) -> LLM:
+        """The model that a stored description describes."""
+        return cls(
+            spec.identifier,
+            spec.model_name_or_path,
+            bits=spec.bits,
+            adapter_id=spec.adapter_id,
+            model_kwargs=thaw(spec.model_kwargs),
+            tokenizer_kwargs=thaw(spec.tokenizer_kwargs),
+            prompt_template=spec.prompt_template,
+            predict_kwargs=thaw(spec.predict_kwargs),
+            trainer=trainer,
+        )
+
+    # -- what it is ------------------------------------------------------------------------------------------
+
+    @property
+    def identifier(self) -> str:
+        """The model's name in the database."""
+        return self._spec.identifier
+
+    @property
+    def model_name_or_path(self) -> str:
+        """The base model."""
+        return self._spec.model_name_or_path
+
+    @property
+    def bits(self) -> int | None:
+        """4, 8 or None."""
+        return self._spec.bits
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The checkpoint that answers, or None while the base does."""
+        if self._tuned is None and self._run and self._database is not None:
+            found = self._database.find_checkpoint(self._run)
+            if found is not None:
+                self._adopt(found)
+        return self._tuned
+
+    def spec(self) -> ModelSpec:
+        """The description that is stored."""
+        return self._spec
+
+    def __repr__(self) -> str:
+        parts = [repr(self.identifier), repr(self.model_name_or_path)]
+        if self.bits:
+            parts.append(f"bits={self.bits}")
+        tuned = self._tuned or self.adapter_id
+        if tuned:
+            parts.append(f"adapter={str(tuned)!r}")
+        return f"LLM({', '.join(parts)})"
+
+    # -- training --------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        X: Any = None,
+        select: Select | None = None,
+        configuration: LLMTrainer | None = None,
+        db: Database | None = None,
+        *,
+        on_ray: bool | None = None,
+        ray_address: str | None = None,
+        ray_configs: Mapping[str, Any] | None = None,
+        wait: bool = True,
+        **settings: Any,
+    ) -> Any:
+        """Trains on a selection of a database; afterwards this object answers with the trained weights.
+
+        Args:
+            X: the key: a column, a tuple of columns, ``"messages"``, or ``("prompt", "response")``.
+            select: the documents; that of the configuration when not given.
+            configuration: an ``LLMTrainer``; the model's own when not given.
+            db: the database, from ``connect()``.
+            on_ray, ray_address, ray_configs: as on ``LLMTrainer``.
+            wait: False trains in the background and returns the run at once.
+            **settings: any option of ``LLMTrainer``, on top of the configuration.
+
+        Returns:
+            The run.
+
+        Raises:
+            ConfigError: for wrong settings, all at once.
+            LlmnbError: no database was given.
+        """
+        database = db or self._database
+        if database is None:
+            raise LlmnbError("fit needs a database.", todo="llm.fit(…, db=connect(…))")
+        base = configuration if configuration is not None else self.trainer
+        if base is None:
+            base = LLMTrainer()
+        given = {"key": X, "select": select, "on_ray": on_ray, "ray_address": ray_address, "ray_configs": ray_configs}
+        changes = {name: value for name, value in given.items() if value is not None}
+        self.trainer = base.copy(**changes, **settings)
+        return database.apply(self, wait=wait)
+
+    def _adopt(self, checkpoint: Checkpoint) -> None:
+        """From now on this checkpoint answers."""
+        self.close()
+        self._tuned = checkpoint
+
+    def _follow(self, database: Database, run: str) -> None:
+        """From now on the newest checkpoint of a run answers, as soon as there is one."""
+        self.close()
+        self._database, self._run, self._tuned = database, run, None
+
+    # -- asking ----------------------------------------------------------------------------------------------
+
+    def predict(self, X: Prompt | Sequence[Prompt] | None = None, **kwargs: Any) -> Any:
+        """Answers: a str for a prompt or a chat, a list for a list of them.
+
+        Args:
+            X: a text; a chat (a list of ``{"role", "content"}``); or a list of texts or of chats.
+            **kwargs: passed to ``generate`` (``max_new_tokens``, ``do_sample``, ``temperature``, …), over
+                ``predict_kwargs``. Greedy unless it says otherwise.
+
+        Returns:
+            Only the new text, without the prompt.
+
+        Raises:
+            ModelError: the model cannot be loaded, or the input is of no known form.
+        """
+        prompts, single = _prompts(X)
+        if not prompts:
+            return []
+        answers = self._loaded().answer(prompts, **{**thaw(self._spec.predict_kwargs), **kwargs})
+        return answers[0] if single else answers
+
+    def predict_one(self, X: Prompt, **kwargs: Any) -> str:
+        """``predict`` of one prompt or chat."""
+        return str(self.predict(X, **kwargs))
+
+    def predict_batches(self, dataset: Sequence[Prompt], **kwargs: Any) -> list[str]:
+        """``predict`` of a list."""
+        return list(self.predict(list(dataset), **kwargs))
+
+    def stream(self, X: Prompt, **kwargs: Any) -> Iterator[str]:
+        """Answers one prompt or chat piece by piece."""
+        prompts, _ = _prompts(X)
+        yield from self._loaded().stream(prompts[0], **{**thaw(self._spec.predict_kwargs), **kwargs})
+
+    def __call__(self, X: Prompt | Sequence[Prompt], **kwargs: Any) -> Any:
+        return self.predict(X, **kwargs)
+
+    def close(self) -> None:
+        """Gives the memory of the weights back. The next ``predict`` loads them again."""
+        if self._answerer is not None:
+            self._answerer.close()
+            self._answerer = None
+
+    def merge(self, path: str | Path) -> dict[str, Any]:
+        """Merges the adapter into the full-precision base and saves the whole model as safetensors.
+
+        Args:
+            path: a folder that does not exist yet, or is empty.
+
+        Returns:
+            The proof: ``max_logit_gap``, ``mean_logit_gap``, ``top_token_agreement`` of merged against adapter.
+
+        Raises:
+            ModelError: there is no adapter, or the folder is in use.
+            AdapterMismatch: the adapter was trained on another base.
+        """
+        from .engine import merging
+
+        spec, adapter = self._resolved()
+        if adapter is None:
+            raise ModelError("There is no adapter to merge.", seen=repr(self), todo="train, or give adapter_id")
+        return merging.merge(spec, adapter, Path(path))
+
+    # -- loading ---------------------------------------------------------------------------------------------
+
+    def _loaded(self) -> Answerer:
+        known = self._tuned
+        if self.checkpoint != known:
+            self.close()
+        if self._answerer is None:
+            from .engine.generation import Answerer
+
+            spec, adapter = self._resolved()
+            self._answerer = Answerer(spec, adapter)
+        return self._answerer
+
+    def _resolved(self) -> tuple[ModelSpec, Path | None]:
+        """The spec to load and the adapter's folder: a whole-model checkpoint takes the base's place."""
+        adapter: Any = self.checkpoint or self.adapter_id
+        if isinstance(adapter, str) and not Path(adapter).exists():
+            for database in [self._database, *_last_database]:
+                found = database.find_checkpoint(adapter) if database is not None else None
+                if found is not None:
+                    adapter = found
+                    break
+        if isinstance(adapter, Checkpoint):
+            if adapter.path is None:
+                database = self._database or (_last_database[0] if _last_database else None)
+                if database is None:
+                    raise ModelError(
+                        f"The files of checkpoint {adapter} are not on this machine.",
+                        todo=f"db.load('checkpoint', {adapter.experiment!r}, {adapter.step})",
+                    )
+                adapter = database.fetch(adapter)
+            path = Path(str(adapter.path))
+            if adapter.kind != "adapter":
+                return replace(self._spec, model_name_or_path=str(path), adapter_id=None), None
+            return replace(self._spec, adapter_id=None), path
+        if adapter is None:
+            return self._spec, None
+        return replace(self._spec, adapter_id=None), Path(adapter)
+
+
+def _adapter_name(adapter: Any) -> str | None:
+    if adapter is None:
+        return None
+    if isinstance(adapter, (str, Path, Checkpoint)):
+        return str(adapter)
+    raise ConfigError([Fault("adapter_id", f"must be a path, a name or a Checkpoint, not {type(adapter).__name__}")])
+
+
+def _unknown(name: str) -> Fault:
+    known = (
+        "identifier model_name_or_path bits adapter_id model_kwargs tokenizer_kwargs prompt_template predict_kwargs "
+        "trainer configuration"
+    ).split()
+    close = near(name, known)
+    return Fault(name, "is not an argument of LLM", f"did you mean {close[0]}?" if close else "put it in model_kwargs")
+
+
+def _prompts(X: Any) -> tuple[list[Any], bool]:
+    """(prompts, whether it was a single one)."""
+    if isinstance(X, str):
+        return [X], True
+    if isinstance(X, Mapping) and "messages" in X:
+        return [list(X["messages"])], True
+    if isinstance(X, Sequence) and not isinstance(X, (bytes, bytearray)):
+        items = list(X)
+        if items and all(isinstance(i, Mapping) and "role" in i for i in items):
+            return [items], True
+        if all(isinstance(i, str) for i in items):
+            return items, False
+        if all(isinstance(i, Sequence) or (isinstance(i, Mapping) and "messages" in i) for i in items):
+            return [list(i["messages"]) if isinstance(i, Mapping) else i for i in items], False
+    raise ModelError(
+        "predict was given something it cannot read.",
+        seen=f"{type(X).__name__}: {X!r:.80}",
+        todo="a text, a list of texts, or chat messages [{'role': 'user', 'content': '…'}]",
+    )

@@ -1,0 +1,369 @@
+"""LLMTrainer: settings while a person still changes them; ``freeze()`` checks them all and makes a TrainConfig.
+
+``freeze()`` is the only validation. It needs neither torch nor a database: option names and types are read from
+the installed transformers' source text.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from . import options
+from .config import ModelSpec, TrainConfig, thaw
+from .errors import ConfigError, Fault, LlmnbError, near
+from .query import Select
+
+__all__ = ["LLMTrainer", "LLMTrainingConfiguration", "Parcel", "model_fault"]
+
+# Fields of TrainConfig that are written another way on the trainer.
+_DERIVED = {"arguments"}
+# Settings that live beside the config: they may hold objects or addresses.
+_BESIDE: dict[str, Any] = {"ray_address": None, "transform": None, "training_kwargs": {}, "ray_configs": {}}
+
+RAY_BUILT = ("train_loop_per_worker", "train_loop_config", "datasets")
+_TRAINER_BUILT = ("model", "args", "train_dataset", "eval_dataset", "processing_class", "data_collator", "model_init")
+_TRAINER_OPEN = (
+    "callbacks",
+    "compute_metrics",
+    "compute_loss_func",
+    "optimizers",
+    "optimizer_cls_and_kwargs",
+    "preprocess_logits_for_metrics",
+)
+BITS = (None, 4, 8)
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What ``freeze`` gives: the config, and the objects that travel beside it."""
+
+    config: TrainConfig
+    transform: Callable[..., Any] | None = None
+    trainer_kwargs: dict[str, Any] = field(default_factory=dict, repr=False)
+    ray_configs: dict[str, Any] = field(default_factory=dict, repr=False)
+    ray_address: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+class LLMTrainer:
+    """How to fine-tune a language model.
+
+    Every option of the installed ``transformers.TrainingArguments`` is accepted by name, and the older names of
+    many of them (``evaluation_strategy``, ``warmup_ratio``, ``no_cuda``, …). Attributes may be set until the
+    training starts.
+
+    Args:
+        identifier: the trainer's name in the database.
+        **settings: see ``llmnb.config.TrainConfig`` for those of our own; all others belong to
+            TrainingArguments (https://huggingface.co/docs/transformers/main_classes/trainer).
+            ``transform`` is a function ``(*values) -> dict`` run on every row; ``training_kwargs`` are keyword
+            arguments of ``transformers.Trainer`` (``callbacks``, ``compute_metrics``, …); ``ray_configs`` those of
+            ``ray.train.torch.TorchTrainer``.
+
+    Raises:
+        ConfigError: a name that is not known, with near names.
+    """
+
+    _own: Mapping[str, Any]
+
+    def __init__(self, identifier: str = "llm-trainer", **settings: Any) -> None:
+        object.__setattr__(self, "_values", {})
+        object.__setattr__(self, "_faults", {})
+        self._set_all({"identifier": identifier, **settings})
+
+    # -- attributes ------------------------------------------------------------------------------------------
+
+    def _set_all(self, settings: Mapping[str, Any]) -> None:
+        unknown: list[Fault] = []
+        for name, value in settings.items():
+            fault = self._set(name, value)
+            if fault:
+                unknown.append(fault)
+        if unknown:
+            raise ConfigError(unknown)
+
+    def _set(self, name: str, value: Any) -> Fault | None:
+        today = options.canonical(name, value)
+        self._faults.pop(name, None)
+        if isinstance(today, Fault):
+            self._faults[name] = today  # reported with all others by freeze()
+            return None
+        for real, real_value in today.items():
+            if real not in self.names():
+                close = near(name, sorted(self.names() | options.synonyms()))
+                hint = "did you mean " + " or ".join(close) + "?" if close else "LLMTrainer.names() lists them all"
+                return Fault(name, "is not an option of LLMTrainer", hint)
+            self._values[real] = real_value
+        return None
+
+    @staticmethod
+    def names() -> frozenset[str]:
+        """Every option's name."""
+        own = {f.name for f in fields(TrainConfig)} - _DERIVED
+        return frozenset(own | set(_BESIDE) | set(options.training_arguments()))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            self._set_all({name: value})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        today = options.canonical(name, None)
+        if isinstance(today, dict) and today:
+            name = next(iter(today))
+        if name in self._values:
+            return self._values[name]
+        for f in fields(TrainConfig):
+            if f.name == name and name not in _DERIVED:
+                return getattr(_DEFAULTS, name)
+        if name in _BESIDE:
+            return _BESIDE[name]
+        if name in options.training_arguments():
+            return options.training_arguments()[name].default
+        close = near(name, sorted(self.names()))
+        raise AttributeError(f"LLMTrainer has no option {name!r}" + (f"; near: {', '.join(close)}" if close else ""))
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *self.names()})
+
+    def __repr__(self) -> str:
+        hidden = {"ray_address"}
+        shown = ", ".join(f"{k}={v!r}" for k, v in self._values.items() if k not in hidden)
+        return f"LLMTrainer({shown})"
+
+    def given(self) -> dict[str, Any]:
+        """The settings that were given, in today's names."""
+        return dict(self._values)
+
+    def copy(self, **changes: Any) -> LLMTrainer:
+        """A trainer with the same settings, some of them changed."""
+        twin = LLMTrainer()
+        twin._set_all({**self._values, **changes})
+        return twin
+
+    # -- freezing --------------------------------------------------------------------------------------------
+
+    def freeze(self, model: ModelSpec | None = None) -> Parcel:
+        """Checks every setting, once, and gives the frozen config.
+
+        Args:
+            model: the model to be trained; its ``bits`` must not contradict the trainer's.
+
+        Raises:
+            ConfigError: with all faults together.
+        """
+        faults = list(self._faults.values())
+        values = dict(self._values)
+        own = {f.name for f in fields(TrainConfig)} - _DERIVED
+        arguments: dict[str, Any] = {}
+        mine: dict[str, Any] = {}
+        for name, value in values.items():
+            if name in own or name in _BESIDE:
+                mine[name] = value
+                continue
+            checked, fault = options.check(name, value)
+            if fault:
+                faults.append(fault)
+            arguments[name] = checked
+        faults += _own_faults(mine)
+        faults += _cross_faults(mine, arguments)
+        transform, note = mine.pop("transform", None), []
+        if transform is not None:
+            mine["transform"] = _source(transform)
+        ray_address = mine.pop("ray_address", None)
+        trainer_kwargs = dict(mine.pop("training_kwargs", None) or {})
+        ray_configs = dict(mine.pop("ray_configs", None) or {})
+        faults += _passed_on_faults(trainer_kwargs, ray_configs)
+        if trainer_kwargs:
+            mine["training_kwargs"] = ", ".join(sorted(trainer_kwargs))
+        if ray_configs:
+            mine["ray_configs"] = ", ".join(sorted(ray_configs))
+        if model is not None:
+            fault = model_fault(model.bits, mine.get("bits"))
+            if fault:
+                faults.append(fault)
+            elif mine.get("bits") is None and model.bits is not None:
+                mine["bits"] = model.bits
+        if mine.get("bits") in (4, 8) and mine.get("use_lora") is False:
+            faults.append(
+                Fault("bits", "quantised weights cannot be trained", "set use_lora=True, or leave bits out")
+            )
+        if faults:
+            raise ConfigError(faults)
+        if "overwrite_output_dir" in self._values:
+            note.append("overwrite_output_dir: each run has a folder of its own, so nothing is overwritten")
+        config = TrainConfig(**mine, arguments=arguments)
+        return Parcel(config, transform, trainer_kwargs, ray_configs, ray_address, tuple(note))
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> LLMTrainer:
+        """A trainer with a recorded config's settings (without the objects that were never stored)."""
+        data = {
+            f.name: thaw(getattr(config, f.name)) if not isinstance(getattr(config, f.name), Select)
+            else getattr(config, f.name)
+            for f in fields(TrainConfig)
+            if f.name not in _DERIVED | set(_BESIDE) and getattr(config, f.name) != getattr(_DEFAULTS, f.name)
+        }
+        for name in ("key",):
+            if isinstance(data.get(name), list):
+                data[name] = tuple(data[name])
+        data["eval_selects"] = dict(config.eval_selects)
+        trainer = cls()
+        trainer._set_all({**{k: v for k, v in data.items() if v or k != "eval_selects"}, **thaw(config.arguments)})
+        return trainer
+
+
+_DEFAULTS = TrainConfig()
+
+
+class LLMTrainingConfiguration(LLMTrainer):
+    """An older name of ``LLMTrainer``."""
+
+
+def model_fault(model_bits: Any, trainer_bits: Any = None) -> Fault | None:
+    """What is wrong with ``bits``, or None. The trainer's wins, and two different values are a fault."""
+    for bits in (model_bits, trainer_bits):
+        if isinstance(bits, bool) or bits not in BITS:
+            return Fault("bits", f"{bits!r} is not possible", "use 4, 8 or None (full precision)")
+    if model_bits is not None and trainer_bits is not None and model_bits != trainer_bits:
+        return Fault("bits", f"the model says {model_bits}, the trainer {trainer_bits}", "give one of them")
+    return None
+
+
+_INTEGERS = {"max_seq_length": 2, "lora_r": 1, "lora_alpha": 1, "num_gpus": 1, "early_stopping_patience": 1}
+_SHARES = {"lora_dropout": (0.0, 1.0), "max_cut_share": (0.0, 1.0)}
+_WORDS = {
+    "lora_bias": ("none", "all", "lora_only"),
+    "train_on": (None, "answers", "all"),
+    "key_kind": (None, "text", "pair", "messages"),
+    "use_lora": (True, False),
+    "log_to_db": (True, False),
+    "on_ray": (None, True, False),
+}
+_TEXTS = {"identifier", "output_dir", "chat_template", "prompt_template"}
+
+
+def _own_faults(mine: Mapping[str, Any]) -> list[Fault]:
+    faults = []
+    for name, value in mine.items():
+        if name in _INTEGERS and not (value is None and name in ("num_gpus", "early_stopping_patience")):
+            if isinstance(value, bool) or not isinstance(value, int) or value < _INTEGERS[name]:
+                faults.append(Fault(name, f"must be a whole number from {_INTEGERS[name]}, not {value!r:.40}"))
+        elif name in _SHARES:
+            low, high = _SHARES[name]
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                faults.append(Fault(name, f"must be a number from {low:g} to {high:g}, not {value!r:.40}"))
+        elif name in _WORDS and (value not in _WORDS[name] or (isinstance(value, int) and not isinstance(value, bool))):
+            words = " or ".join(repr(w) for w in _WORDS[name])
+            faults.append(Fault(name, f"must be {words}, not {value!r:.40}"))
+        elif name in _TEXTS and value is not None and not isinstance(value, str):
+            faults.append(Fault(name, f"must be text, not {type(value).__name__}"))
+        elif name == "select" and value is not None and not _is_rows(value):
+            faults.append(Fault(name, f"must be a find or an aggregation, not {value!r:.60}", "Collection(…).find()"))
+        elif name == "eval_selects":
+            bad = [k for k, v in dict(value or {}).items() if not _is_rows(v)]
+            faults += [Fault(f"eval_selects[{k!r}]", "must be a find or an aggregation") for k in bad]
+        elif name == "transform" and value is not None and not callable(value):
+            faults.append(Fault(name, f"must be a function, not {type(value).__name__}"))
+        elif name == "key":
+            faults += _key_faults(value)
+        elif name == "prompt_template" and value is not None and "{input}" not in value:
+            faults.append(Fault(name, "has no {input} in it", "put {input} where the prompt goes"))
+        elif name == "deepspeed" and value is not None and not isinstance(value, (str, Mapping)):
+            faults.append(Fault(name, "must be a dict or the path of a JSON file"))
+        elif name == "bits":
+            continue  # checked with the model's
+    fault = model_fault(None, mine.get("bits"))
+    return [*faults, fault] if fault else faults
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, Select) and not value.one and not value.count
+
+
+def _key_faults(key: Any) -> list[Fault]:
+    if key is None or (isinstance(key, str) and key):
+        return []
+    if isinstance(key, (tuple, list)) and key and all(isinstance(k, str) and k for k in key):
+        return []
+    return [Fault("key", f"must be a column name or a tuple of column names, not {key!r:.40}")]
+
+
+def _cross_faults(mine: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[Fault]:
+    """Faults of two settings together; the same rules as TrainingArguments', found before any work."""
+    faults = []
+    if arguments.get("fp16") is True and arguments.get("bf16") is True:
+        faults.append(Fault("fp16", "and bf16 cannot both be on", "choose one"))
+    steps = arguments.get("max_steps", -1)
+    if isinstance(steps, int) and (steps == 0 or steps < -1):
+        faults.append(Fault("max_steps", f"must be above 0, or -1 for whole epochs, not {steps}"))
+    evaluates = arguments.get("eval_strategy", "no")
+    if arguments.get("load_best_model_at_end"):
+        saves = arguments.get("save_strategy", "steps")
+        if evaluates == "no":
+            faults.append(
+                Fault("load_best_model_at_end", "needs evaluations to choose by", "set eval_strategy='steps' or 'epoch'")
+            )
+        elif saves not in (evaluates, "best"):
+            faults.append(
+                Fault("load_best_model_at_end", f"evaluates by {evaluates} but saves by {saves}", "make both the same")
+            )
+        elif evaluates == "steps":
+            every = arguments.get("eval_steps") or arguments.get("logging_steps", 500)
+            kept = arguments.get("save_steps", 500)
+            if isinstance(every, (int, float)) and isinstance(kept, (int, float)) and every >= 1 and kept % every:
+                faults.append(Fault("save_steps", f"{kept:g} is no multiple of eval_steps {every:g}", "make it one"))
+    if mine.get("early_stopping_patience") and evaluates == "no":
+        faults.append(Fault("early_stopping_patience", "needs evaluations", "set eval_strategy='steps' or 'epoch'"))
+    if mine.get("on_ray") is False and (mine.get("ray_configs") or mine.get("ray_address")):
+        faults.append(Fault("on_ray", "is False, but ray_configs or ray_address is given", "leave one out"))
+    if arguments.get("deepspeed"):
+        faults.append(Fault("deepspeed", "given twice"))
+    return faults
+
+
+def _passed_on_faults(trainer_kwargs: Mapping[str, Any], ray_configs: Mapping[str, Any]) -> list[Fault]:
+    faults = []
+    for name in trainer_kwargs:
+        if name in _TRAINER_BUILT:
+            faults.append(Fault(f"training_kwargs[{name!r}]", "is built by llmnb", "leave it out"))
+        elif name not in _TRAINER_OPEN:
+            close = near(name, _TRAINER_OPEN)
+            todo = ("did you mean " if close else "known: ") + ", ".join(close or _TRAINER_OPEN)
+            faults.append(Fault(f"training_kwargs[{name!r}]", "is not an argument of transformers.Trainer", todo))
+    for name in ray_configs:
+        if name in RAY_BUILT:
+            faults.append(Fault(f"ray_configs[{name!r}]", "is built by llmnb", "leave it out"))
+    return faults
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """The function's source text for the record, or its name where Python has none (typed at a prompt)."""
+    try:
+        return textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        return f"<{getattr(function, '__qualname__', type(function).__name__)}: no source text>"
+
+
+def settle(trainer: Any, model: ModelSpec) -> Parcel:
+    """Freezes whatever a person gave as a trainer.
+
+    Raises:
+        LlmnbError: it is no trainer.
+    """
+    if isinstance(trainer, LLMTrainer):
+        return trainer.freeze(model)
+    if isinstance(trainer, TrainConfig):
+        return Parcel(trainer)
+    raise LlmnbError(
+        "The trainer of a model must be an LLMTrainer.",
+        seen=type(trainer).__name__,
+        todo="trainer=LLMTrainer(select=Collection(…).find(), key=…)",
+    )

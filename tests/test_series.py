@@ -1,0 +1,273 @@
+"""Events to curves: the reducer, smoothing, downsampling, and the words."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import pytest
+
+from llmnb import series
+from llmnb.events import CheckpointSaved, Metric, Note, StateChanged
+from llmnb.series import Curve, Points
+
+
+def losses(values, *, start=1, every=1, seconds=1.0, seq=1, name="loss"):
+    return [
+        Metric(seq=seq + i, time=1000.0 + seconds * i, step=start + every * i, values={name: v})
+        for i, v in enumerate(values)
+    ]
+
+
+def test_folding_in_pieces_equals_folding_at_once():
+    events = [
+        StateChanged(seq=1, time=1, state="running"),
+        *losses([3.0, 2.5, 2.0], seq=2),
+        CheckpointSaved(seq=5, step=3, digest="d", size=9, metrics={"eval_loss": 2.1}, best=True),
+        Metric(seq=6, step=3, values={"eval_loss": 2.1}),
+        Note(seq=7, text="12 rows were cut"),
+        StateChanged(seq=8, state="done"),
+    ]
+    whole = series.fold(Curve(), events)
+    pieces = Curve()
+    for event in events:
+        pieces = series.fold(pieces, [event])
+    for curve in (whole, pieces):
+        assert curve.seq == 8 and curve.state == "done" and curve.ended and curve.step == 3 and curve.points == 3
+        assert curve["loss"].values.tolist() == [3.0, 2.5, 2.0] and curve["loss"].steps.tolist() == [1, 2, 3]
+        assert [c.step for c in curve.checkpoints] == [3] and curve.notes[0].text == "12 rows were cut"
+        assert series.best(curve) == (3, 2.1)
+
+
+def test_an_event_sent_twice_counts_once_and_order_does_not_matter():
+    events = losses([3.0, 2.0, 1.0])
+    curve = series.fold(Curve(), [events[2], events[0], events[1], events[1]])
+    assert curve["loss"].values.tolist() == [3.0, 2.0, 1.0]
+    assert series.fold(curve, events) is curve
+
+
+def test_folding_changes_nothing_it_was_given():
+    first = series.fold(Curve(), losses([3.0, 2.0]))
+    before = first["loss"].values.copy()
+    series.fold(first, losses([9.0], start=2, seq=3))
+    assert first["loss"].values.tolist() == before.tolist() and first.seq == 2
+
+
+def test_a_resumed_run_takes_every_series_back():
+    curve = series.fold(Curve(), [*losses([5, 4, 3, 2]), Metric(seq=5, step=4, values={"eval_loss": 2.2})])
+    curve = series.fold(curve, losses([3.5, 2.5], start=3, seq=6))
+    assert curve["loss"].steps.tolist() == [1, 2, 3, 4] and curve["loss"].values.tolist() == [5, 4, 3.5, 2.5]
+    assert len(curve["eval_loss"]) == 0 and curve.step == 4
+
+
+def test_only_one_checkpoint_is_the_best():
+    saved = [CheckpointSaved(seq=i, step=10 * i, digest=str(i), best=True) for i in (1, 2, 3)]
+    assert [c.best for c in series.fold(Curve(), saved).checkpoints] == [False, False, True]
+
+
+def test_the_record_is_the_truth_about_the_state():
+    curve = series.fold(Curve(), [StateChanged(seq=1, state="running"), *losses([1.0], seq=2)])
+    record = {"_id": "r", "state": "lost", "counts": {"steps": 40}, "error": {"what": "No sign of life.", "todo": None}}
+    curve = series.told(curve, record)
+    assert (curve.run, curve.state, curve.reason, curve.total) == ("r", "lost", "No sign of life.", 40)
+    assert series.told(curve, {"_id": "r", "state": "running"}).total == 40
+
+
+# --- trap 10: 0, NaN and Inf survive ---------------------------------------------------------------------------
+
+
+def test_trap10_zero_nan_and_inf_survive_and_the_step_is_named():
+    curve = series.fold(Curve(), losses([1.0, 0.0, math.nan, math.inf, math.nan]))
+    values = curve["loss"].values
+    assert values[1] == 0.0 and math.isnan(values[2]) and math.isinf(values[3])
+    assert series.broke(curve) == 3
+    words = series.status(curve, now=1005.0)
+    assert "not a number since step 3" in words.alert and "learning rate" in words.alert
+    assert ("loss", "NaN") in words.facts
+    healed = series.fold(curve, losses([0.5], start=6, seq=6))
+    assert series.broke(healed) is None and series.status(healed, 1006.0).alert == ""
+
+
+def test_trap10_a_gap_stays_a_gap_when_downsampled_and_smoothed():
+    values = np.ones(50_000)
+    values[20_000] = np.nan
+    values[33_333] = np.inf
+    values[41_000] = 99.0
+    steps = np.arange(50_000.0)
+    small = series.downsample(Points(steps, values, steps), 500)
+    assert len(small) <= 2 * 500 + 10
+    assert 20_000 in small.steps and 33_333 in small.steps
+    assert small.values[small.steps == 41_000] == [99.0], "a spike is kept"
+    smoothed = series.smooth(values, 0.9)
+    assert np.flatnonzero(~np.isfinite(smoothed)).tolist() == [20_000, 33_333]
+    assert np.allclose(smoothed[20_001:33_333], 1.0), "a gap leaves no trace in its neighbours"
+
+
+# --- smoothing and downsampling ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.05, 0.6, 0.9, 0.999])
+def test_smoothing_is_the_plain_recursion_without_bias(weight):
+    values = np.random.default_rng(1).normal(3, 1, 3000)
+    mean, expected = 0.0, []
+    for i, value in enumerate(values, start=1):
+        mean = weight * mean + (1 - weight) * value
+        expected.append(mean / (1 - weight**i))
+    assert np.allclose(series.smooth(values, weight), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.0, 2])
+def test_a_weight_out_of_range_is_refused(weight):
+    with pytest.raises(ValueError, match="smoothing weight"):
+        series.smooth(np.ones(3), weight)
+
+
+def test_smoothing_nothing_and_only_nan():
+    assert len(series.smooth(np.empty(0))) == 0
+    assert np.isnan(series.smooth(np.array([np.nan, np.nan]))).all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 19, 20, 21, 39, 40, 1001, 99_999])
+def test_downsampling_keeps_ends_and_extremes(count):
+    rng = np.random.default_rng(count)
+    values, steps = rng.normal(0, 1, count), np.arange(count, dtype=float)
+    small = series.downsample(Points(steps, values, steps), 10)
+    assert len(small) <= max(2 * 10 + 4, 0) or len(small) == count <= 20
+    assert (np.diff(small.steps) > 0).all()
+    if count:
+        assert small.steps[0] == 0 and small.steps[-1] == count - 1
+        assert small.values.min() == values.min() and small.values.max() == values.max()
+
+
+def test_downsampling_with_an_all_nan_bucket_and_a_nan_tail():
+    values = np.ones(1003)
+    values[:200] = np.nan
+    values[1001] = np.nan
+    steps = np.arange(1003.0)
+    small = series.downsample(Points(steps, values, steps), 10)
+    assert np.isnan(small.values[small.steps == 1001]).all() and np.isnan(small.values[0])
+    assert (small.values[np.isfinite(small.values)] == 1).all()
+
+
+def test_downsampling_needs_a_bucket():
+    with pytest.raises(ValueError, match="at least one bucket"):
+        series.downsample(Points(), 0)
+
+
+def test_a_hundred_thousand_points_are_fast():
+    steps = np.arange(100_000.0)
+    points = Points(steps, np.sin(steps), steps)
+    start = time.perf_counter()
+    series.downsample(points, 1000)
+    series.smooth(points.values, 0.6)
+    assert time.perf_counter() - start < 0.5  # measured 5 ms; a loop in Python takes longer on a busy machine
+
+
+def test_a_range_reaches_its_edges():
+    steps = np.arange(0.0, 100, 10)
+    part = Points(steps, steps, steps).between(25, 45)
+    assert part.steps.tolist() == [20, 30, 40, 50]
+
+
+# --- words ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "a few seconds"),
+        (12, "about 10 s"),
+        (57, "about 1 min"),
+        (170, "about 3 min"),
+        (3570, "about 1 h"),
+        (7800, "about 2 h 10 min"),
+        (90_000, "about 1 d 1 h"),
+    ],
+)
+def test_times_are_said_as_people_say_them(seconds, words):
+    assert series.about(seconds) == words
+
+
+def test_the_time_left_follows_the_newest_pace():
+    curve = series.told(
+        series.fold(Curve(), losses([1.0] * 21, seconds=2.0)), {"state": "running", "counts": {"steps": 111}}
+    )
+    assert series.seconds_left(curve, now=1040.0) == pytest.approx(180)
+    assert series.seconds_left(curve, now=1100.0) == pytest.approx(120)
+    words = series.status(curve, now=1040.0)
+    assert words.left == "about 3 min left" and words.share == pytest.approx(21 / 111) and words.step == "step 21 / 111"
+
+
+def test_no_time_is_promised_without_grounds():
+    running = {"state": "running", "counts": {"steps": 50}}
+    assert series.status(series.told(Curve(), running), 0).left == ""
+    assert series.status(series.told(series.fold(Curve(), losses([1.0])), running), 0).left == ""
+    assert series.status(series.fold(Curve(), losses([1.0, 2.0])), 0).left == "", "the end is not known"
+    ended = series.told(series.fold(Curve(), losses([1.0, 2.0])), {**running, "state": "stopped"})
+    assert series.status(ended, 0).left == ""
+
+
+def test_facts_and_checkpoints_in_words():
+    curve = series.fold(
+        Curve(),
+        [
+            Metric(seq=1, step=300, values={"loss": 1.9, "tokens_per_second": 1720.4, "memory": 6.02e9}),
+            Metric(seq=2, step=300, values={"eval_loss": 1.9}),
+            CheckpointSaved(seq=3, step=300, digest="a", size=18_000_000, metrics={"eval_loss": 1.9}, best=True),
+            Metric(seq=4, step=1400, values={"loss": 1.83, "tokens_per_second": 1720.4, "memory": 6.02e9}),
+            Metric(seq=5, step=1400, values={"eval_loss": 1.91}),
+            CheckpointSaved(seq=6, step=1400, digest="b", size=18_000_000, metrics={"eval_loss": 1.91}),
+        ],
+    )
+    words = series.status(curve, 0)
+    assert words.facts == (
+        ("loss", "1.830"),
+        ("eval", "1.910 (best 1.900 at 300)"),
+        ("", "1\u202f720 tokens/s"),
+        ("", "6.0 GB"),
+    )
+    assert words.checkpoints == ("step 1\u202f400  eval 1.910  18 MB", "step 300  eval 1.900  18 MB  best")
+    assert words.share is None and words.step == "step 1\u202f400"
+
+
+def test_speed_from_tokens_when_the_run_says_no_speed():
+    events = [Metric(seq=i, time=100.0 + i, step=i, values={"tokens": 500.0 * i}) for i in (1, 2, 3)]
+    assert series.rate(series.fold(Curve(), events)) == pytest.approx(500)
+    assert series.rate(series.fold(Curve(), events[:1])) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (1.8349, "1.835"),
+        (0.0, "0.000"),
+        (0.00001234, "1.234e-05"),
+        (math.nan, "NaN"),
+        (-math.inf, "-Inf"),
+        (12345.6, "12\u202f346"),
+        (3.2e7, "3.2e+07"),
+        (None, "–"),
+    ],
+)
+def test_figures(value, words):
+    assert series.figure(value) == words
+
+
+def test_marks_are_round_and_inside():
+    assert series.marks(0, 100) == [0, 20, 40, 60, 80, 100]
+    assert series.marks(1.83, 2.41, 4) == [2.0, 2.2, 2.4]
+    assert series.marks(1, 1) == [] and series.marks(math.nan, 2) == []
+
+
+def test_an_empty_curve_has_words_too():
+    words = series.status(Curve(), 0)
+    assert (words.state, words.step, words.share, words.left, words.facts, words.alert) == (
+        "queued",
+        "step 0",
+        None,
+        "",
+        (),
+        "",
+    )
+    assert series.best(Curve()) is None and series.broke(Curve()) is None

@@ -117,13 +117,16 @@ class ModelSpec(_Json):
 
     identifier: str = setting("llm", help="the model's name in the database")
     model_name_or_path: str = setting("", help="hub id or folder of the base model")
-    task: str = setting("causal-lm", help="causal-lm or text-classification")
+    task: str = setting("causal-lm", help="causal-lm, or the name of a transformers pipeline")
     bits: int | None = setting(None, "bits", "4 or 8 load a quantised base: less memory, slower on the CPU")
     adapter_id: Any = setting(None, help="adapter on the base: a path, a hub id, or experiment/step")
     model_kwargs: Mapping[str, Any] = setting({}, help="passed to AutoModel….from_pretrained")
     tokenizer_kwargs: Mapping[str, Any] = setting({}, help="passed to AutoTokenizer.from_pretrained")
     prompt_template: str = setting("{input}", help="text around a prompt; {input} is the prompt")
     predict_kwargs: Mapping[str, Any] = setting({}, help="defaults of predict: max_new_tokens, do_sample, …")
+    functions: Mapping[str, Any] = setting(
+        {}, help="source text of a pipeline's preprocess and postprocess; for the record, never run from it"
+    )
 
 
 @dataclass(frozen=True)

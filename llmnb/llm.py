@@ -39,6 +39,9 @@ class Database(Protocol):
     def find_checkpoint(self, name: str) -> Checkpoint | None:
         """The checkpoint named "experiment" or "experiment/step", fetched, or None."""
 
+    def answering(self, run: str) -> Checkpoint | None:
+        """The checkpoint that a run's model answers with (the best when it chose one, else the last), fetched."""
+
     def fetch(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint with its files on this machine."""
 
@@ -194,7 +197,7 @@ class LLM:
     def checkpoint(self) -> Checkpoint | None:
         """The checkpoint that answers, or None while the base does."""
         if self._tuned is None and self._run and self._database is not None:
-            found = self._database.find_checkpoint(self._run)
+            found = self._database.answering(self._run)
             if found is not None:
                 self._adopt(found)
         return self._tuned

@@ -21,3 +21,11 @@ def pytest_runtest_makereport(item, call):
     if report.skipped and os.environ.get("CI") == "true" and "gpu" not in item.keywords and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid}: skipped where a skip is a failure: {report.longrepr}"
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """Folder of a tiny random Llama with a chat template (tests/tiny.py)."""
+    from tiny import make_model
+
+    return str(make_model("llama", tmp_path_factory.mktemp("tiny") / "llama"))

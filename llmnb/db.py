@@ -319,6 +319,3 @@ def _in_background(parcel: Parcel, wait: bool) -> bool:
         return config.on_ray or not wait
     asked = parcel.ray_configs or parcel.ray_address or config.deepspeed is not None
     return bool(asked or not wait or (config.num_gpus or 1) > 1 or (config.num_gpus != 1 and gpus_visible() > 1))
-
-
-

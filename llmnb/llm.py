@@ -382,11 +382,7 @@ def _adapter_name(adapter: Any) -> str | None:
 
 
 def _unknown(name: str) -> Fault:
-    known = (
-        "identifier model_name_or_path bits adapter_id model_kwargs tokenizer_kwargs prompt_template predict_kwargs "
-        "trainer configuration"
-    ).split()
-    close = near(name, known)
+    close = near(name, (*ModelSpec.__dataclass_fields__, "trainer", "configuration"))
     return Fault(name, "is not an argument of LLM", f"did you mean {close[0]}?" if close else "put it in model_kwargs")
 
 

@@ -297,8 +297,10 @@ def parse(name: str, text: str, types: frozenset[str] | None = None) -> Any:
     low = text.strip().lower()
     if low in ("none", "null") and "None" in types:
         return None
-    if "bool" in types and low in ("true", "false", "yes", "no", "on", "off") and (
-        "str" not in types or low in ("true", "false")
+    if (
+        "bool" in types
+        and low in ("true", "false", "yes", "no", "on", "off")
+        and ("str" not in types or low in ("true", "false"))
     ):
         return low in ("true", "yes", "on")
     if "int" in types:

@@ -63,7 +63,8 @@ class Pipeline:
         if not model_name_or_path:
             faults.append(Fault("model_name_or_path", "is needed", "a hub id or a folder"))
         if trainer is not None and not self.trainable:
-            faults.append(Fault("trainer", f"a {task} pipeline cannot be trained here", "use TextClassification or LLM"))
+            what = f"a {task} pipeline cannot be trained here"
+            faults.append(Fault("trainer", what, "use TextClassification or LLM"))
         if faults:
             raise ConfigError(faults)
         self.preprocess, self.postprocess, self.trainer = preprocess, postprocess, trainer

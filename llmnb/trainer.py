@@ -192,9 +192,7 @@ class LLMTrainer:
             elif mine.get("bits") is None and model.bits is not None:
                 mine["bits"] = model.bits
         if mine.get("bits") in (4, 8) and mine.get("use_lora") is False:
-            faults.append(
-                Fault("bits", "quantised weights cannot be trained", "set use_lora=True, or leave bits out")
-            )
+            faults.append(Fault("bits", "quantised weights cannot be trained", "set use_lora=True, or leave bits out"))
         if faults:
             raise ConfigError(faults)
         if "overwrite_output_dir" in self._values:
@@ -206,7 +204,8 @@ class LLMTrainer:
     def from_config(cls, config: TrainConfig) -> LLMTrainer:
         """A trainer with a recorded config's settings (without the objects that were never stored)."""
         data = {
-            f.name: thaw(getattr(config, f.name)) if not isinstance(getattr(config, f.name), Select)
+            f.name: thaw(getattr(config, f.name))
+            if not isinstance(getattr(config, f.name), Select)
             else getattr(config, f.name)
             for f in fields(TrainConfig)
             if f.name not in _DERIVED | set(_BESIDE) and getattr(config, f.name) != getattr(_DEFAULTS, f.name)
@@ -308,9 +307,8 @@ def _cross_faults(mine: Mapping[str, Any], arguments: Mapping[str, Any]) -> list
     if arguments.get("load_best_model_at_end"):
         saves = arguments.get("save_strategy", "steps")
         if evaluates == "no":
-            faults.append(
-                Fault("load_best_model_at_end", "needs evaluations to choose by", "set eval_strategy='steps' or 'epoch'")
-            )
+            todo = "set eval_strategy='steps' or 'epoch'"
+            faults.append(Fault("load_best_model_at_end", "needs evaluations to choose by", todo))
         elif saves not in (evaluates, "best"):
             faults.append(
                 Fault("load_best_model_at_end", f"evaluates by {evaluates} but saves by {saves}", "make both the same")

@@ -44,7 +44,8 @@ def test_all_faults_are_reported_together():
     trainer = LLMTrainer(learning_rate="2e-4", bits=6, lora_r=0, eval_strategy="stps", select=3, key=7)
     with pytest.raises(ConfigError) as error:
         trainer.freeze()
-    assert {f.option for f in error.value.faults} == {"learning_rate", "bits", "lora_r", "eval_strategy", "select", "key"}
+    named = {f.option for f in error.value.faults}
+    assert named == {"learning_rate", "bits", "lora_r", "eval_strategy", "select", "key"}
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from .config import ModelSpec, TrainConfig
@@ -60,9 +62,17 @@ class TrainJob:
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        own = _own_module(self.transform)
+        if own is not None:
+            cloudpickle.register_pickle_by_value(own)
+        try:
+            content = cloudpickle.dumps(self)
+        finally:
+            if own is not None:
+                cloudpickle.unregister_pickle_by_value(own)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(handle, "wb") as file:
-            cloudpickle.dump(self, file)
+            file.write(content)
         return path
 
     @staticmethod
@@ -77,3 +87,13 @@ class TrainJob:
         if not isinstance(job, TrainJob):
             raise TypeError(f"{path} holds a {type(job).__name__}, not a TrainJob")
         return job
+
+
+def _own_module(function: Any) -> ModuleType | None:
+    """The module of a function that lies beside the notebook: the worker cannot import it, so it goes by value."""
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
+    file = getattr(module, "__file__", None)
+    if module is None or file is None or module.__name__ == "__main__":
+        return None
+    installed = Path(file).is_relative_to(sys.prefix) or Path(file).is_relative_to(sys.base_prefix)
+    return None if installed or module.__name__.partition(".")[0] == "llmnb" else module

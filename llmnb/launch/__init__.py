@@ -1,0 +1,7 @@
+"""Starting, carrying and watching runs: processes and Ray.
+
+``spool`` keeps what a run says; ``worker`` carries one run from its first row to its last checkpoint; ``cluster`` is
+this machine's own Ray; ``start`` chooses between this process and a background job; ``run`` is the handle a person
+holds; ``chat`` answers in a process of its own. Only this room imports Ray. It knows neither MongoDB's driver nor
+torch, and nothing of notebooks.
+"""

@@ -1,0 +1,365 @@
+"""This machine's own Ray cluster: started on first need, reused by every later run, stopped by us alone.
+
+The cluster is a detached head on loopback, bounded to this machine's CPUs and memory, with Ray's token
+authentication on and a token of its own in our home folder. It is found again through a small file beside the token.
+Every process of it carries a mark in its environment, so that ``stop`` ends these processes and no others
+(``ray stop`` would end every cluster of this machine).
+
+Ray itself is imported only in the cluster's processes: a notebook's kernel that starts and submits does not load it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ..errors import LaunchError, MissingPackage
+from . import machine
+from .jobs import Jobs, RayJobs
+
+try:
+    import fcntl
+except ImportError:  # Windows: two starters at the same moment are not kept apart
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["Cluster", "MARK", "ensure", "jobs_at", "listening", "status", "stop"]
+
+MARK = "LLMNB_RAY_CLUSTER"
+_START_LIMIT_S = 180.0
+# Ray's sockets live under this folder, and a socket's path may not be longer than 107 bytes.
+_LONGEST_TEMP = 40
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster of ours.
+
+    Attributes:
+        mark: what its processes carry in their environment.
+        dashboard: URL of the Jobs API.
+        address: host:port for ``ray.init``.
+        temp_dir: where Ray keeps sockets and logs.
+        pids: process id → start time of the parts that must live: gcs_server, raylet, dashboard.
+        home: the folder with the token and this description.
+    """
+
+    mark: str
+    dashboard: str
+    address: str
+    temp_dir: str
+    pids: Mapping[str, float]
+    home: str
+
+    @property
+    def token_file(self) -> Path:
+        """The file with the token, mode 0600."""
+        return Path(self.home) / "ray-token"
+
+    def jobs(self) -> Jobs:
+        """The Jobs API, authenticated."""
+        return Jobs(self.dashboard, self.token_file.read_text(encoding="ascii").strip())
+
+
+def ensure(home: str | Path) -> Cluster:
+    """The cluster of ``home``, started when it does not run. Two callers at once get the same one.
+
+    Raises:
+        MissingPackage: Ray is not installed.
+        LaunchError: it does not start; the end of its log is shown.
+    """
+    if find_spec("ray") is None:
+        raise MissingPackage("ray", "ray", "Training in the background")
+    home = _folder(home)
+    with _locked(home):
+        found = _find(home)
+        if found is not None:
+            return found
+        _end_marked(_mark(home))  # what a crash left behind
+        return _start(home)
+
+
+def status(home: str | Path) -> Cluster | None:
+    """The running cluster of ``home``, or None."""
+    return _find(Path(home).expanduser().absolute())
+
+
+def stop(home: str | Path, *, patience: float = 30.0) -> bool:
+    """Ends the cluster of ``home`` and nothing else.
+
+    Runs on it are asked to save a checkpoint first; they get ``patience`` seconds for it.
+
+    Returns:
+        False when there was none.
+    """
+    home = Path(home).expanduser().absolute()
+    if not home.is_dir():
+        return False
+    with _locked(home):
+        described = _read(home)
+        ended = _end_marked(_mark(home), patience)
+        (home / "ray.json").unlink(missing_ok=True)
+        if described is not None:
+            shutil.rmtree(described.temp_dir, ignore_errors=True)
+        return ended > 0
+
+
+def listening(home: str | Path) -> list[tuple[str, str, int]]:
+    """(process name, IP, port) of everything that the cluster listens on."""
+    found = []
+    for process in _marked(_mark(_folder(home))):
+        with contextlib.suppress(psutil.Error):
+            # ``connections`` until psutil 6, ``net_connections`` from there.
+            ask = getattr(process, "net_connections", None) or process.connections
+            for connection in ask(kind="tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.append((process.name(), connection.laddr.ip, connection.laddr.port))
+    return found
+
+
+def jobs_at(address: str, home: str | Path | None = None) -> Jobs | RayJobs:
+    """The Jobs API at an address: our own cluster's, or any other that Ray can reach.
+
+    Args:
+        address: ``http://host:8265``, ``auto``, ``host:6379`` or ``ray://host:10001``.
+        home: where our own cluster is described.
+    """
+    own = _find(Path(home).absolute()) if home is not None else None
+    if own is not None and address in (own.dashboard, own.address):
+        return own.jobs()
+    return RayJobs(address)
+
+
+# --- finding --------------------------------------------------------------------------------------------------
+
+
+def _folder(home: str | Path) -> Path:
+    path = Path(home).expanduser().absolute()
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path
+
+
+def _mark(home: Path) -> str:
+    return hashlib.sha256(f"{home}:{os.getuid() if hasattr(os, 'getuid') else 0}".encode()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    with open(home / "ray.lock", "w", encoding="ascii") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read(home: Path) -> Cluster | None:
+    try:
+        return Cluster(**json.loads((home / "ray.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _find(home: Path) -> Cluster | None:
+    found = _read(home)
+    if found is None or not all(_alive(int(pid), born) for pid, born in found.pids.items()):
+        return None
+    try:
+        return found if found.jobs().answers() else None
+    except OSError:
+        return None
+
+
+def _alive(pid: int, born: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - born) < 2.0 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                found.append(process)
+    return found
+
+
+# --- starting -------------------------------------------------------------------------------------------------
+
+
+def _start(home: Path) -> Cluster:
+    mark = _mark(home)
+    token = home / "ray-token"
+    _private(token, secrets.token_hex(32))
+    log = home / "ray-start.log"
+    temp = _temp_dir(mark)
+    seen = ""
+    for _ in range(3):  # a port that was free may be taken a moment later
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir(mode=0o700)
+        dashboard, agent, client = _free_ports(3)
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", *_options(temp)]
+        command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+        command += [f"--ray-client-server-port={client}"]
+        with open(log, "wb") as out:
+            os.chmod(log, 0o600)
+            code = subprocess.run(
+                command,
+                env=_environment(mark, token),
+                cwd=home,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                umask=0o077,
+                timeout=_START_LIMIT_S,
+                check=False,
+            ).returncode
+        if code == 0:
+            return _describe(home, mark, temp, f"http://127.0.0.1:{dashboard}")
+        _end_marked(mark)
+        seen = log.read_text(encoding="utf-8", errors="replace")[-1500:]
+        if "port" not in seen.lower():
+            break
+    raise LaunchError("This machine's Ray cluster does not start.", seen=seen, todo=f"see {log}")
+
+
+def _options(temp: Path) -> list[str]:
+    free = machine.memory_free()
+    return [
+        "--port=0",
+        "--node-ip-address=127.0.0.1",
+        "--dashboard-host=127.0.0.1",
+        "--include-dashboard=true",
+        "--include-log-monitor=false",  # 100 MB to copy log lines to drivers; ours write their own files
+        "--disable-usage-stats",
+        f"--temp-dir={temp}",
+        f"--num-cpus={machine.cpus()}",
+        f"--memory={max(int(free * 0.8), 512 * _MIB)}",
+        f"--object-store-memory={min(max(int(free * 0.05), 80 * _MIB), 1024 * _MIB)}",
+    ]
+
+
+def _environment(mark: str, token: Path) -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "LLMNB_")) and k != "CUDA_VISIBLE_DEVICES"}
+    return env | {
+        MARK: mark,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Without this, Ray 2.60 turns 127.0.0.1 into the machine's outward address and listens there.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # A run that is stopped through Ray needs the time to save a checkpoint; the default is 3 s.
+        "RAY_JOB_STOP_WAIT_TIME_S": "300",
+        # A run may wait long for its turn; the default calls it failed after 15 minutes.
+        "RAY_JOB_START_TIMEOUT_SECONDS": str(30 * 24 * 3600),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _describe(home: Path, mark: str, temp: Path, dashboard: str) -> Cluster:
+    must_live: dict[str, float] = {}
+    for process in _marked(mark):
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if any(word.endswith(("/gcs_server", "/raylet", "/dashboard.py")) for word in words[:4]):
+                must_live[str(process.pid)] = process.create_time()
+    address = (temp / "ray_current_cluster").read_text(encoding="ascii").strip()
+    cluster = Cluster(mark, dashboard, address, str(temp), must_live, str(home))
+    end = time.monotonic() + 60.0
+    while not cluster.jobs().answers():
+        if time.monotonic() > end:
+            _end_marked(mark)
+            raise LaunchError("Ray's Jobs API does not answer.", seen=dashboard, todo=f"see {temp}/session_latest/logs")
+        time.sleep(0.2)
+    _private(home / "ray.json", json.dumps(asdict(cluster)))
+    return cluster
+
+
+def _private(path: Path, text: str) -> None:
+    """A file that only its owner reads, in place at once."""
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(draft, path)
+
+
+def _temp_dir(mark: str) -> Path:
+    for root in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
+        path = Path(root) / f"llmnb-ray-{mark[:8]}"
+        if len(str(path)) <= _LONGEST_TEMP and os.access(root, os.W_OK):
+            return path
+    raise LaunchError("Ray needs a temporary folder with a short path.", seen=tempfile.gettempdir(), todo="set TMPDIR")
+
+
+def _free_ports(n: int) -> list[int]:
+    """Free ports outside 10002–19999, where Ray's workers listen."""
+    held: list[socket.socket] = []
+    ports: list[int] = []
+    try:
+        while len(ports) < n:
+            taken = socket.socket()
+            taken.bind(("127.0.0.1", 0))
+            held.append(taken)
+            port = taken.getsockname()[1]
+            if not 10002 <= port <= 19999:
+                ports.append(port)
+    finally:
+        for taken in held:
+            taken.close()
+    return ports
+
+
+# --- ending ---------------------------------------------------------------------------------------------------
+
+
+def _end_marked(mark: str, patience: float = 0.0) -> int:
+    """Ends every process that carries the mark: runs first, when they get time; returns how many there were."""
+    everyone = _marked(mark)
+    if patience > 0:
+        runs = [p for p in everyone if _is_run(p)]
+        _signal(runs, signal.SIGTERM)
+        psutil.wait_procs(runs, timeout=patience)
+    left = _marked(mark)
+    _signal(left, signal.SIGTERM)
+    psutil.wait_procs(left, timeout=3.0)
+    for _ in range(5):  # a dying parent may have started one more
+        left = _marked(mark)
+        if not left:
+            break
+        _signal(left, signal.SIGKILL)
+        psutil.wait_procs(left, timeout=2.0)
+    return len(everyone)
+
+
+def _is_run(process: psutil.Process) -> bool:
+    try:
+        return "llmnb.launch.worker" in process.cmdline()
+    except psutil.Error:
+        return False
+
+
+def _signal(processes: list[Any], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)

@@ -1,0 +1,42 @@
+"""What this machine has, found out without loading torch."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import os
+import shutil
+import subprocess
+
+import psutil
+
+__all__ = ["cpus", "gpus_visible", "memory_free"]
+
+
+@functools.cache
+def gpus_visible() -> int:
+    """CUDA devices that a process started now would see; 0 without a driver."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return len([part for part in named.split(",") if part.strip() not in ("", "-1")])
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0 if not os.path.exists("/proc/driver/nvidia/gpus") else len(glob.glob("/proc/driver/nvidia/gpus/*"))
+    try:
+        found = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in found.stdout.splitlines())
+
+
+def cpus() -> int:
+    """CPUs that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def memory_free() -> int:
+    """Bytes that can be used without swapping."""
+    return int(psutil.virtual_memory().available)

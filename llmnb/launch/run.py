@@ -1,0 +1,331 @@
+"""Run: the handle a person holds on a training run. It reads the database each time it is asked.
+
+The run itself lives elsewhere, in this process or in a job; a handle can be made for it anywhere, any time, by id.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from ..checkpoint import Checkpoint
+from ..errors import NotFound, RunError
+from ..events import Event, Metric, StateChanged
+from . import cluster, spool
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from ..store import Store
+
+__all__ = ["FINAL", "Run", "WorkerTraceback"]
+
+FINAL = frozenset({"done", "failed", "stopped", "lost"})
+# How often a waiting handle looks whether the worker is still there, seconds.
+_LOOK_EVERY_S = 5.0
+
+
+class WorkerTraceback(Exception):
+    """Stands as the cause of a ``RunError``, so that a traceback shows the worker's own above it."""
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}" if self.args else ""
+
+
+class Run:
+    """A training run.
+
+    Args:
+        store: the database that it is recorded in.
+        id: the run's id; also the id of its experiment.
+    """
+
+    def __init__(self, store: Store, id: str) -> None:
+        self._store = store
+        self.id = id
+
+    # -- what it is ------------------------------------------------------------------------------------------
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the database holds about it."""
+        return dict(self._store.runs.get(self.id))
+
+    @property
+    def state(self) -> str:
+        """queued, starting, running, stopping, done, failed, stopped or lost."""
+        return str(self.record["state"])
+
+    @property
+    def error(self) -> dict[str, Any] | None:
+        """``{type, what, seen, todo, traceback}`` of a failed run, else None."""
+        return self.record.get("error")
+
+    def __repr__(self) -> str:
+        try:
+            record = self.record
+        except NotFound:
+            return f"<Run {self.id}: removed>"
+        parts = [record["state"]]
+        last = next(reversed(self.metrics()), None)
+        if last:
+            steps = (record.get("counts") or {}).get("steps")
+            parts.append(f"step {last['step']}" + (f"/{steps}" if steps else ""))
+            parts += [f"{name} {last[name]:.4g}" for name in ("loss", "eval_loss") if name in last]
+        if record.get("error"):
+            parts.append(str(record["error"].get("what", ""))[:80])
+        return f"<Run {self.id}: {', '.join(parts)}>"
+
+    # -- what it said ----------------------------------------------------------------------------------------
+
+    def events(self, after: int = 0) -> list[Event]:
+        """Its events numbered above ``after``, oldest first.
+
+        A run with ``log_to_db=False`` keeps them in a file beside its output; they can be read on that machine.
+        """
+        found = self._store.events.since(self.id, after)
+        return found or self._spooled(after)
+
+    def _spooled(self, after: int) -> list[Event]:
+        record = self.record
+        if (record.get("config") or {}).get("log_to_db", True):
+            return []
+        path = self._workdir(record)
+        return spool.read(path / "events.jsonl", after) if path is not None else []
+
+    def _workdir(self, record: dict[str, Any]) -> Path | None:
+        """Its folder, when it is on this machine."""
+        where = record.get("workdir")
+        return Path(where) if where and Path(where).is_dir() else None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One dict per logged point: step, epoch, time (seconds since the epoch), and the numbers of that point."""
+        return [
+            {"step": event.step, "epoch": event.epoch, "time": event.time, **event.values}
+            for event in self.events()
+            if isinstance(event, Metric)
+        ]
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Its checkpoints by step."""
+        return self._store.checkpoints.list(self.id)
+
+    def logs(self, n: int = 50) -> str:
+        """The last ``n`` lines that its process printed; "" where they cannot be reached from here."""
+        record = self.record
+        path = self._workdir(record)
+        text = ""
+        if path is not None and (path / "worker.log").exists():
+            text = (path / "worker.log").read_text(encoding="utf-8", errors="replace")
+        elif record.get("job"):
+            jobs = self._jobs(record)
+            text = jobs.logs(record["job"]) if jobs is not None else ""
+        return "\n".join(text.splitlines()[-n:])
+
+    # -- waiting ---------------------------------------------------------------------------------------------
+
+    def wait(
+        self,
+        timeout: float | None = None,
+        progress: bool = False,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> Run:
+        """Waits for its end.
+
+        Args:
+            timeout: seconds; None for as long as it takes.
+            progress: shows a progress bar.
+            on_event: called with each event as it arrives.
+
+        Returns:
+            This run, in state done or stopped.
+
+        Raises:
+            RunError: it failed or was lost (the worker's traceback is the cause), or the time was not enough.
+        """
+        followers = [on_event] if on_event is not None else []
+        shown = Progress(self.id) if progress else None
+        if shown is not None:
+            followers.append(shown)
+        try:
+            record = self._follow(timeout, followers)
+        finally:
+            if shown is not None:
+                shown.close()
+        if record["state"] in ("failed", "lost"):
+            self._raise(record)
+        return self
+
+    def _follow(self, timeout: float | None, followers: list[Callable[[Event], None]]) -> dict[str, Any]:
+        end = None if timeout is None else time.monotonic() + timeout
+        seen, look_at, pause = 0, time.monotonic() + _LOOK_EVERY_S, 0.1
+        while True:
+            record = self.record
+            if followers:
+                fresh = self.events(seen)
+                for event in fresh:
+                    for follower in followers:
+                        follower(event)
+                    seen = event.seq
+                pause = 0.1 if fresh else pause
+            if record["state"] in FINAL:
+                return record
+            now = time.monotonic()
+            if end is not None and now >= end:
+                raise RunError(
+                    f"Run {self.id} has not ended after {timeout:g} s.",
+                    seen=f"state {record['state']}",
+                    todo="it goes on; wait again, or run.stop()",
+                )
+            if now >= look_at:
+                self.look()
+                look_at = now + _LOOK_EVERY_S
+            time.sleep(pause)
+            pause = min(pause * 1.3, 1.0)
+
+    def _raise(self, record: dict[str, Any]) -> None:
+        error = record.get("error") or {}
+        text = error.get("traceback") or ""
+        head = {"failed": "failed", "lost": "was lost: its worker is gone"}[record["state"]]
+        what = f"Run {self.id} {head}."
+        if error.get("what"):
+            what = f"Run {self.id} {head}. {error.get('type', 'Error')}: {error['what']}"
+        raise RunError(
+            what,
+            seen=error.get("seen"),
+            todo=error.get("todo") or f"db.run({self.id!r}).logs() shows what its process printed",
+            remote_traceback=text or None,
+        ) from (WorkerTraceback(text) if text else None)
+
+    # -- steering --------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Asks it to save a checkpoint and end. Returns at once; ``wait()`` waits for it. Twice does nothing more.
+
+        Raises:
+            RunError: it has ended already.
+        """
+        self._ask("stop")
+
+    def kill(self, patience: float = 10.0) -> None:
+        """Ends it now, without a checkpoint: by asking, and when nobody listens, through Ray and the process.
+
+        Raises:
+            RunError: it has ended already.
+        """
+        self._ask("kill")
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            if self.state in FINAL:
+                return
+            time.sleep(0.2)
+        record = self.record
+        process = _worker_process(record)
+        if process is not None:
+            process.kill()
+            process.wait(5.0)
+        elif record.get("job"):
+            jobs = self._jobs(record)
+            if jobs is not None:
+                jobs.stop(record["job"])
+        self._store.runs.transition(
+            self.id, ("queued", "starting", "running", "stopping"), "stopped", reason="killed", ended=_now()
+        )
+
+    def _ask(self, what: str) -> None:
+        if self._store.runs.transition(self.id, "queued", "stopped", reason="stopped before it began", ended=_now()):
+            record = self.record
+            if record.get("job"):
+                jobs = self._jobs(record)
+                if jobs is not None:
+                    jobs.stop(record["job"])
+            # No worker can begin any more, so nobody else numbers events of this run.
+            seq = self._store.events.last_seq(self.id) + 1
+            said = StateChanged(state="stopped", reason="stopped before it began", seq=seq)
+            self._store.events.append(self.id, [said])
+            return
+        state = self.state
+        if state in FINAL:
+            raise RunError(f"Run {self.id} has ended already.", seen=f"state {state}")
+        self._store.runs.ask(self.id, what)
+
+    def look(self) -> str:
+        """Looks whether its worker is still there, and records it as lost or failed when it is not.
+
+        Returns:
+            The state.
+        """
+        self._store.runs.find_lost()
+        record = self.record
+        state = record["state"]
+        if state in FINAL:
+            return str(state)
+        if state == "queued":
+            self._look_at_job(record)
+        elif _gone(record):
+            # Its last words may be on their way: the process ends a moment after it wrote its last state.
+            time.sleep(0.5)
+            self._store.runs.transition(
+                self.id,
+                state,
+                "lost",
+                ended=_now(),
+                error=_said("WorkerLost", "The worker's process is gone without a word.", _owner(record)),
+            )
+        return self.state
+
+    def _look_at_job(self, record: dict[str, Any]) -> None:
+        """A job that ended while its run is still queued never came to life: wrong Python, no such folder, …"""
+        jobs = self._jobs(record) if record.get("job") else None
+        info = jobs.info(record["job"]) if jobs is not None else None
+        if info and info.get("status") in ("FAILED", "STOPPED", "SUCCEEDED"):
+            self._store.runs.transition(
+                self.id,
+                "queued",
+                "failed",
+                ended=_now(),
+                error=_said(
+                    "LaunchError", "The job ended before the run began.", str(info.get("message") or "")[-1500:]
+                ),
+            )
+
+    def _jobs(self, record: dict[str, Any]) -> Any:
+        address = record.get("ray_address")
+        return cluster.jobs_at(address, record.get("ray_home")) if address else None
+
+
+def _said(kind: str, what: str, seen: str) -> dict[str, Any]:
+    return {"type": kind, "what": what, "seen": seen or None, "todo": None, "traceback": None}
+
+
+def _now() -> dt.datetime:
+    return dt.datetime.now(dt.timezone.utc)
+
+
+def _owner(record: dict[str, Any]) -> str:
+    owner = record.get("owner") or {}
+    return f"host {owner.get('host')}, process {owner.get('pid')}"
+
+
+def _worker_process(record: dict[str, Any]) -> psutil.Process | None:
+    """The worker's process when it is on this machine and alive."""
+    owner = record.get("owner") or {}
+    if owner.get("host") != socket.gethostname() or not owner.get("pid"):
+        return None
+    try:
+        process = psutil.Process(int(owner["pid"]))
+        same = abs(process.create_time() - float(owner.get("born", 0))) < 2.0
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.Error:
+        return None
+
+
+def _gone(record: dict[str, Any]) -> bool:
+    """True when the worker ran on this machine and its process is no more."""
+    owner = record.get("owner") or {}
+    return owner.get("host") == socket.gethostname() and bool(owner.get("pid")) and _worker_process(record) is None

@@ -124,6 +124,20 @@ class Encoder:
             keep -= 1
         return np.append(ids[:keep], np.int32(self.eos))
 
+    def heads(self, texts: Sequence[str], limit: int) -> list[Ids]:
+        """The ids of each text, of which only the first ``limit`` (and whether there are more) will be used.
+
+        Of a very long text only a part is tokenised. It is cut where a word ends, and far behind the limit, so that
+        the ids that are used are the same.
+        """
+        far = limit * 32 + 4096
+        short = [_cut_at_word(text, far) if len(text) > far else text for text in texts]
+        found = self.batch(short)
+        for at, (text, part) in enumerate(zip(texts, short, strict=True)):
+            if len(part) < len(text) and len(found[at]) < limit + 256:
+                found[at] = self.ids(text)
+        return found
+
     # -- seams -------------------------------------------------------------------------------------------------------
     def after(self, text: str) -> Ids:
         """Ids of a text that goes on from another one: no start-of-text space of SentencePiece, where avoidable."""
@@ -175,7 +189,8 @@ class Encoder:
                 return self._by_prefix(text, seams, spans)
         trained = np.zeros(len(ids), dtype=np.bool_)
         for begin, end in spans:
-            trained[_token_at(encoding, begin, len(text), len(ids)) : _token_at(encoding, end, len(text), len(ids))] = 1
+            first = _token_at(encoding, begin, len(text), len(ids))
+            trained[first : _token_at(encoding, end, len(text), len(ids))] = True
         return _array(ids), trained, False
 
     def _clean(self, encoding: Any, ids: list[int], text: str, seam: int) -> bool:
@@ -198,30 +213,52 @@ class Encoder:
         return alone == ids[max(at, 0) : count]
 
     def joined(self, text: str, seams: Sequence[int]) -> tuple[Ids, bool]:
-        """Ids in which every seam is kept: the ids up to each seam are the ``joined`` ids of the text up to there."""
-        whole = self.ids(text)
-        if not seams:
-            return whole, False
-        head, split = self.joined(text[: seams[-1]], seams[:-1])
-        if _starts_with(whole, head):
-            return whole, split
-        return np.concatenate([head, self.after(text[seams[-1] :])]), True
+        """Ids in which every seam is kept, and whether a seam had to be split.
+
+        The ids up to each seam are the ``joined`` ids of the text up to there.
+        """
+        *_, (ids, split) = self._heads(text, seams, [len(text)])
+        return ids, split
+
+    def _heads(self, text: str, seams: Sequence[int], ends: Sequence[int]) -> list[tuple[Ids, bool]]:
+        """``joined`` of ``text[:end]`` for each end, with the seams before it."""
+        marks = sorted({(seam, True) for seam in seams} | {(end, False) for end in ends})
+        wholes = self.batch([text[:char] for char, _ in marks])
+        found: dict[int, tuple[Ids, bool]] = {}
+        head, at, split = np.empty(0, dtype=np.int32), 0, False
+        for (char, is_seam), whole in zip(marks, wholes, strict=True):
+            kept = _starts_with(whole, head)
+            ids = whole if kept else np.concatenate([head, self.after(text[at:char])])
+            found[char] = ids, split or not kept
+            if is_seam:
+                head, at, split = ids, char, split or not kept
+        return [found[end] for end in ends]
 
     def _by_prefix(
         self, text: str, seams: Sequence[int], spans: Sequence[tuple[int, int]]
     ) -> tuple[Ids, npt.NDArray[np.bool_], bool]:
         """``_by_offset`` without offsets: slower, for Python tokenizers and for the few rows with a seam to split."""
-        ids, split = self.joined(text, seams)
+        chars = sorted({char for span in spans for char in span})
+        *heads, (ids, split) = self._heads(text, seams, [*chars, len(text)])
+        place = {char: _same(head, ids) for char, (head, _) in zip(chars, heads, strict=True)}
         trained = np.zeros(len(ids), dtype=np.bool_)
-
-        def place(char: int) -> int:
-            before, _ = self.joined(text[:char], [seam for seam in seams if seam <= char])
-            same = before[: len(ids)] == ids[: len(before)]
-            return len(same) if same.all() else int(same.argmin())
-
         for begin, end in spans:
-            trained[place(begin) : place(end)] = True
+            trained[place[begin] : place[end]] = True
         return ids, trained, split
+
+
+def _cut_at_word(text: str, far: int) -> str:
+    at = far
+    while at > far // 2 and not (text[at].isspace() and not text[at - 1].isspace()):
+        at -= 1
+    return text[:at] if at > far // 2 else text
+
+
+def _same(one: Ids, other: Ids) -> int:
+    """How many ids at the start are the same."""
+    count = min(len(one), len(other))
+    same = one[:count] == other[:count]
+    return count if same.all() else int(same.argmin())
 
 
 def _token_at(encoding: Any, char: int, chars: int, tokens: int) -> int:

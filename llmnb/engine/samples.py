@@ -143,6 +143,7 @@ class Reader:
         columns: the columns that are read.
         kind: the kind of all samples; None until the first one when a transform decides.
         inferred: the key was inferred.
+        peek: the first documents.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class Reader:
     ) -> None:
         self.transform = transform
         self.inferred = key is None
+        self.peek = peek
         found: str | None = None
         if key is None:
             key, found = infer_key(peek)

@@ -160,7 +160,7 @@ class ChatTemplate:
             closed = not self.closer or text[begin:end].rstrip().endswith(self.closer.strip())
             if not closed and text.startswith(self.closer, end):
                 end += len(self.closer)
-            spans.append((begin, begin + len(text[begin:end].rstrip()) if self.closer else end))
+            spans.append((begin, end))
         weights = [m.get("weight") for m in messages if m.get("role") == "assistant"]
         if len(weights) == len(spans):
             spans = [span for span, weight in zip(spans, weights, strict=True) if weight != 0]
@@ -228,7 +228,9 @@ class ChatTemplate:
                 return None
             if len(upto) <= len(before):
                 return None
-            found.append((len(before), max(len(before), len(upto.rstrip()))))
+            content = messages[index].get("content")
+            end = self._end_of(content.strip(), text, len(before), len(upto)) if isinstance(content, str) else None
+            found.append((len(before), max(len(before), len(upto.rstrip())) if end is None else end))
         return found
 
     def _by_marks(
@@ -251,13 +253,15 @@ class ChatTemplate:
             return None
         found = []
         at = len(pieces[0])
-        for piece, following in zip(pieces, [*pieces[1:], rendered], strict=True):
-            last = following is rendered
-            end = len(text) - len(following) if last and text.endswith(following) else text.find(following, at)
+        for number, following in enumerate([*pieces[1:], rendered]):
+            if number < len(where) - 1:
+                end = text.find(following, at)
+            else:  # the last piece may be short, or empty: it is what the text ends with
+                end = len(text) - len(following) if text.endswith(following) else -1
             if end < at:
                 return None
-            header = piece.rfind(self.opener) if self.opener else -1
-            begin = at - len(piece) + header + len(self.opener) if header >= 0 else at
+            header = pieces[number].rfind(self.opener) if self.opener else -1
+            begin = at - len(pieces[number]) + header + len(self.opener) if header >= 0 else at
             stop = len(self.closer) if self.closer and following.startswith(self.closer) else 0
             found.append((begin, end + stop))
             at = end + len(following)

@@ -1,0 +1,47 @@
+"""Models: load, train, generate, merge. The only room that imports torch, transformers, peft, bitsandbytes.
+
+It knows no database, no Ray and no notebook: it is given rows and functions to call out (``Hooks``), and
+folders to write to. Importing this package loads nothing heavy; its modules do.
+
+========== =================================================================================
+module     what it is for
+========== =================================================================================
+bases      base models and tokenizers, from a folder or the hub, plain or quantised
+fingerprints which weights a base has, without reading them all
+adapters   LoRA: attach, load, count; says which modules there are
+manifest   ``llmnb.json``, the card in every checkpoint folder
+rows       documents → token rows with labels
+templates  chat templates and prompts
+arguments  the settings of a run → ``transformers.TrainingArguments``
+order      which rows come when, on how many ranks
+loop       our subclass of ``transformers.Trainer``
+callbacks  stop, kill, counts, faults: what happens between steps
+training   ``train``: everything above, in order
+generation ``Answerer``: prompts → text
+merging    an adapter into its base
+========== =================================================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_WHERE = {
+    "Answerer": "generation",
+    "Hooks": "hooks",
+    "TrainResult": "hooks",
+    "fingerprint": "fingerprints",
+    "load_base": "bases",
+    "make_rows": "rows",
+    "merge": "merging",
+    "train": "training",
+}
+
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

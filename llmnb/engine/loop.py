@@ -1,0 +1,286 @@
+"""Our subclass of ``transformers.Trainer``: what it computes differently, and what it tells.
+
+Differently: losses are divided by trained tokens for every architecture, on every rank and in the last window;
+evaluation losses are means over tokens, so that they do not depend on the batch size; a NaN stays visible and goes
+away again when it is over; the best checkpoint is the best of those that were saved; a run always leaves one.
+Tells: metrics, finished checkpoints and faults, through ``Hooks``. Knows no rows but those it is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback
+
+from ..events import Metric
+from . import faults, manifest
+from .bases import quiet
+from .hooks import Hooks
+from .memory import memory_in_use
+from .order import Order
+
+__all__ = ["Loop", "TokenLoss", "counts_tokens"]
+
+_SKIP = ("epoch", "total_flos")
+
+
+def counts_tokens(model: Any) -> bool:
+    """Does this model divide its loss by ``num_items_in_batch``?
+
+    ``Trainer`` believes it of every ``forward`` with ``**kwargs``; a model that takes them and drops them would have
+    each micro-batch weigh the same, however few tokens it trains.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(inner, "accepts_loss_kwargs", None) is False:
+        return False
+    try:
+        forward = inspect.unwrap(type(inner).forward)
+        source = inspect.getsource(forward)
+    except (OSError, TypeError):
+        return False
+    takes = any(p.kind == p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+    return takes and "loss_function(" in source
+
+
+class TokenLoss:
+    """Cross entropy summed over trained tokens and divided by their number in the whole optimizer step."""
+
+    def __init__(self, smoothing: float = 0.0) -> None:
+        self.smoothing = smoothing
+
+    def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Args: ``outputs["logits"]``: (batch, seq, vocab); ``labels``: (batch, seq), -100 where there is no loss."""
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        target = labels[..., 1:].reshape(-1).to(logits.device)
+        scores = logits[..., :-1, :].float().reshape(-1, logits.shape[-1])
+        total = F.cross_entropy(scores, target, reduction="sum", label_smoothing=self.smoothing)
+        count = (target != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        return total / count
+
+
+class Loop(Trainer):
+    """One run.
+
+    Args:
+        hooks: whom to tell.
+        card: what every checkpoint's ``llmnb.json`` says beside its step.
+        resumed: the card of the checkpoint that the run goes on from.
+        order: of the training rows; None for Trainer's own.
+        kwargs: of ``Trainer``.
+    """
+
+    def __init__(
+        self,
+        *,
+        hooks: Hooks,
+        card: dict[str, Any],
+        resumed: Mapping[str, Any] | None = None,
+        order: Order | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.remove_callback(PrinterCallback)
+        self.hooks = hooks
+        self.card = card
+        self.order = order
+        if self.compute_loss_func is None and not counts_tokens(self.model):
+            self.compute_loss_func = TokenLoss(self.args.label_smoothing_factor)
+        # Causal models whose class name does not say so (GPT2LMHeadModel) would be counted one token too many a row.
+        self._loss_shifts_labels = True
+        own = self.compute_loss_func is None or isinstance(self.compute_loss_func, TokenLoss)
+        self.mean_over_tokens = own
+        resumed = resumed or {}
+        best = resumed.get("best") or {}
+        self.best: tuple[float, int] | None = (best["value"], best["step"]) if best else None
+        self.patience = dict(resumed.get("patience") or {})
+        self.saved_step: int | None = None
+        self.ending = False  # the last on_epoch_end was called
+        self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self.tokens_before = int(resumed.get("tokens", 0))
+        self._tokens_logged = 0
+        self._items: Any = None
+        self._eval_sum: torch.Tensor | None = None
+        self._away = 0.0
+        self._window = time.perf_counter()
+        self._watch = faults.FaultWatch(self.args.device)
+
+    # --- order and counts -----------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.order is None:
+            return super()._get_train_sampler(train_dataset)
+        return self.order
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Wrappers around the sampler do not always pass the epoch on (on several ranks, in a resumed epoch).
+        if self.order is not None:
+            self.order.set_epoch(int(kwargs["epoch"]))
+        super()._run_epoch(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            self._tokens += batch["input_ids"].numel() if mask is None else mask.sum()
+        return batches, items
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        self._items = super()._get_num_items_in_batch(batch_samples, device)
+        return self._items
+
+    def tokens(self) -> int:
+        """Real tokens (no padding) so far, on all ranks, the ones before a resume included."""
+        count = self._tokens.clone()
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(count)
+        return self.tokens_before + int(count.item())
+
+    # --- steps ----------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._watch.look("loss", loss, self.state.global_step + 1)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self._watch.look("grad_norm", norm, self.state.global_step + 1)
+        return norm
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, model: Any, *args: Any, **kw: Any
+    ) -> None:
+        before = self._globalstep_last_logged
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kw)
+        if self._globalstep_last_logged != before:
+            tr_loss.zero_()  # Trainer subtracts it from itself, which leaves a NaN a NaN for ever
+        if self.ending and self.control.should_training_stop and self.saved_step != self.state.global_step:
+            self._save_checkpoint(model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        summary = "train_runtime" in logs
+        if "loss" in logs and not summary:
+            tokens = self.tokens()
+            seconds = time.perf_counter() - self._window - self._away
+            logs["tokens_per_second"] = (tokens - self.tokens_before - self._tokens_logged) / max(seconds, 1e-9)
+            logs["tokens"] = tokens
+            logs["memory"] = memory_in_use(self.args.device)
+            self._tokens_logged = tokens - self.tokens_before
+            self._window, self._away = time.perf_counter(), 0.0
+        super().log(logs, start_time)
+        if not self.is_world_process_zero() or summary:
+            return
+        values = {
+            name: float(value)
+            for name, value in logs.items()
+            if isinstance(value, (int, float)) and name not in _SKIP and not name.endswith("_model_preparation_time")
+        }
+        self.hooks.say(Metric(step=self.state.global_step, epoch=self.state.epoch, values=values))
+        for note in self._watch.notes(self.args, self.state):
+            self.hooks.say(note)
+
+    # --- evaluation -----------------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        start = time.perf_counter()
+        nested = isinstance(kwargs.get("eval_dataset", args[0] if args else None) or self.eval_dataset, dict)
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            if not nested:  # a dict of sets calls evaluate once for each
+                self._away += time.perf_counter() - start
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self._items = None
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        if loss is not None and self._items is not None and self._eval_sum is not None:
+            items = torch.as_tensor(self._items, device=loss.device).double()
+            share = self.args.world_size if self.args.average_tokens_across_devices else 1
+            self._eval_sum += torch.stack([loss.double() * items, items]) / share
+        return loss, logits, labels
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        self._eval_sum = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(self._eval_sum)
+        total, count = self._eval_sum.tolist()
+        self._eval_sum = None
+        if self.mean_over_tokens and count and f"{prefix}_loss" in output.metrics:
+            output.metrics[f"{prefix}_loss"] = total / count
+        return output
+
+    # --- checkpoints ----------------------------------------------------------------------------------------
+
+    def evaluation_now(self) -> dict[str, float]:
+        """What evaluations at this very step gave."""
+        found: dict[str, float] = {}
+        for entry in self.state.log_history:
+            if entry.get("step") == self.state.global_step:
+                found.update({k: v for k, v in entry.items() if k.startswith("eval_")})
+        return {k: v for k, v in found.items() if not k.endswith(("_time", "_runtime", "_per_second"))}
+
+    def _is_best(self, metrics: Mapping[str, float]) -> bool:
+        name = self.args.metric_for_best_model
+        if name is None:
+            return False
+        value = metrics.get(name if name.startswith("eval_") else f"eval_{name}")
+        if value is None or math.isnan(value):
+            return False
+        if self.best is None:
+            return True
+        return value > self.best[0] if self.args.greater_is_better else value < self.best[0]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        start = time.perf_counter()
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        metrics = self.evaluation_now()
+        best = self._is_best(metrics)
+        if best:
+            name = str(self.args.metric_for_best_model)
+            self.best = (metrics[name if name.startswith("eval_") else f"eval_{name}"], step)
+        if self.best is not None:
+            # Set before rotation, which spares it. Trainer itself names a step that may never have been saved.
+            kept = folder.with_name(f"checkpoint-{self.best[1]}")
+            self.state.best_model_checkpoint = str(kept) if best or kept.is_dir() else None
+        tokens = self.tokens()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        self.saved_step = step
+        if self.is_world_process_zero():
+            card = {**self.card, "step": step, "tokens": tokens, "patience": self.patience}
+            if self.best is not None:
+                card["best"] = {"value": self.best[0], "step": self.best[1]}
+            manifest.write(folder, card)
+            self.hooks.checkpoint(folder, step, metrics, self.card["kind"], self.card["base_fingerprint"], best)
+        self._away += time.perf_counter() - start
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with contextlib.ExitStack() as undo:
+            config = getattr(self.model, "config", None)
+            if config is not None:
+                # Off while training; a saved model is for generation.
+                undo.callback(setattr, config, "use_cache", config.use_cache)
+                config.use_cache = True
+            undo.callback(setattr, self.args, "hub_token", self.args.hub_token)
+            self.args.hub_token = None  # the arguments are saved too, and a token must not be
+            if hasattr(self.model, "peft_config"):
+                # "auto" asks the hub about the base at every save, and stores whole embeddings that were only grown.
+                own = self.model.save_pretrained
+                self.model.save_pretrained = functools.partial(own, save_embedding_layers=False)
+                undo.callback(self.model.__dict__.pop, "save_pretrained", None)
+            undo.enter_context(quiet())
+            super()._save(output_dir, state_dict)

@@ -1,0 +1,55 @@
+"""``llmnb.json``: the card that lies in every checkpoint folder and says what the folder is.
+
+Attributes in the file: ``base`` (as the person gave it), ``base_fingerprint``, ``kind`` ("adapter" or
+"model"), ``step``, ``chat_template``, ``prompt_template``, ``vocabulary`` (rows of the embeddings),
+``precision``, ``bits``, ``tokens``, ``best`` and ``versions``. No torch here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FILE", "kind_of", "read", "versions", "write"]
+
+FILE = "llmnb.json"
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that made a checkpoint."""
+    found = {}
+    for package in ("llmnb", "torch", "transformers", "peft", "bitsandbytes"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write(folder: str | Path, card: dict[str, Any]) -> None:
+    """Writes the card in one move, so that a reader never sees half of it."""
+    path = Path(folder) / FILE
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(card, indent=1, default=str), encoding="utf-8")
+    os.replace(part, path)
+
+
+def read(folder: str | Path) -> dict[str, Any]:
+    """The card of a folder; empty when it has none (an adapter from elsewhere)."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def kind_of(folder: str | Path) -> str | None:
+    """ "adapter" for a PEFT folder, "model" for a whole model, None for anything else."""
+    folder = Path(folder)
+    if (folder / "adapter_config.json").is_file():
+        return "adapter"
+    if (folder / "config.json").is_file():
+        return str(read(folder).get("kind", "model"))
+    return None

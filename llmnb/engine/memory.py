@@ -1,0 +1,66 @@
+"""Memory: how much is in use, and giving it back.
+
+After a run, a chat or an exception nothing of a model may stay behind. An exception is what holds on longest: its
+traceback has the local variables of every frame it passed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import traceback
+from typing import Any
+
+__all__ = ["forget", "give_back", "memory_in_use"]
+
+
+def memory_in_use(device: Any) -> int:
+    """Bytes: on a GPU the most that tensors took so far; on the CPU what the process has resident now."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forget(error: BaseException) -> None:
+    """Drops the local variables of the frames an error passed; what it says, and where, stays."""
+    seen: set[int] = set()
+    rest: list[BaseException | None] = [error]
+    while rest:
+        this = rest.pop()
+        if this is None or id(this) in seen:
+            continue
+        seen.add(id(this))
+        traceback.clear_frames(this.__traceback__)
+        rest += [this.__context__, this.__cause__]
+
+
+def give_back() -> None:
+    """Collects what nothing names any more, on the host and on the GPU."""
+    gc.collect()
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.ipc_collect()
+    _trim()
+
+
+def _trim() -> None:
+    """Freed heap goes back to the system; glibc keeps it otherwise."""
+    import ctypes
+    import ctypes.util
+
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)

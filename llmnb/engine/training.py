@@ -1,0 +1,379 @@
+"""A training run: settings, rows, model, adapter, loop, result — in that order, faults first.
+
+Knows no database and no Ray: rows come from functions, everything else goes out through ``Hooks``. Works alone and as
+one of several ranks when torch.distributed's environment is set.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..config import ModelSpec, TrainConfig
+from ..errors import ConfigError, Fault, ModelError, RunError
+from ..events import Note
+from . import adapters, bases, manifest
+from .arguments import Plan, make_plan, trainer_options
+from .hooks import Hooks, TrainResult
+from .memory import forget, give_back
+
+__all__ = ["Hooks", "TrainResult", "train"]
+
+Source = Callable[[], Iterable[Mapping[str, Any]]]
+
+
+def train(
+    spec: ModelSpec,
+    config: TrainConfig,
+    data: Mapping[str, Source],
+    hooks: Hooks,
+    *,
+    workdir: Path,
+    adapter: Path | None = None,
+    resume: Path | None = None,
+    transform: Callable[..., Any] | None = None,
+    trainer_kwargs: Mapping[str, Any] | None = None,
+    tuned: bool | None = None,
+) -> TrainResult:
+    """Trains, and says what happens while it does.
+
+    Args:
+        spec: the base model.
+        config: how to train it.
+        data: "train", and evaluation sets by name; "valid" is the one without a name of its own. Each is called
+            when its rows are needed, once.
+        hooks: whom to tell.
+        workdir: checkpoints are written to ``workdir/checkpoints``.
+        adapter: go on from this adapter (or whole model), with a new optimizer.
+        resume: a checkpoint folder to go on from exactly: optimizer, schedule, order of the rows, random numbers.
+        transform: the person's function.
+        trainer_kwargs: further arguments of ``transformers.Trainer`` (compute_metrics, callbacks, …).
+        tuned: None leaves the choice of faster ways to compute the same to the engine.
+
+    Raises:
+        ConfigError: settings that do not go together.
+        DataError: rows that cannot be trained on.
+        ModelError: a model or adapter that cannot be loaded, or not be trained so.
+        RunError: out of memory.
+    """
+    run = _Run(spec, config, hooks, Path(workdir), tuned)
+    try:
+        return run.go(data, adapter, resume, transform, trainer_kwargs)
+    except BaseException as error:
+        explained = _explained(error, config)
+        forget(error)
+        if explained is error:
+            raise
+        raise explained from None
+    finally:
+        run.close()
+
+
+class _Run:
+    """The parts of one run, so that nothing but this object holds them, and ``close`` lets them go."""
+
+    def __init__(self, spec: ModelSpec, config: TrainConfig, hooks: Hooks, workdir: Path, tuned: bool | None) -> None:
+        self.spec, self.config, self.hooks, self.workdir, self.tuned = spec, config, hooks, workdir, tuned
+        self.bits = config.bits if config.bits is not None else spec.bits
+        self.counts: dict[str, Any] = {}
+        self.model: Any = None
+        self.tokenizer: Any = None
+        self.loop: Any = None
+        self.main = True
+
+    def go(
+        self,
+        data: Mapping[str, Source],
+        adapter: Path | None,
+        resume: Path | None,
+        transform: Callable[..., Any] | None,
+        trainer_kwargs: Mapping[str, Any] | None,
+    ) -> TrainResult:
+        self._check(data, adapter, resume)
+        options = trainer_options(trainer_kwargs)
+        self.main = _rank() == 0
+        if not self.main:
+            # Rank 0 speaks for all.
+            self.hooks = Hooks()
+        names = tuple(name for name in data if name != "train")
+        plan = make_plan(self.config, self.workdir / "checkpoints", eval_names=names, say=self.hooks.say)
+        if adapter is not None:
+            adapter = adapters.find_adapter(adapter)
+            if manifest.kind_of(adapter) != "adapter":
+                self.spec, adapter = replace(self.spec, model_name_or_path=str(adapter)), None
+        rows = self._rows(data, plan, transform)
+        new_tokens = self._load(plan)
+        fingerprint = bases.fingerprint(self.spec.model_name_or_path, **bases.where(self.spec.model_kwargs))
+        self._prepare(plan, adapter, fingerprint, new_tokens)
+        self._build(plan, rows, options, fingerprint, resume)
+        return self._run(plan, resume)
+
+    # --- before -------------------------------------------------------------------------------------------
+
+    def _check(self, data: Mapping[str, Source], adapter: Path | None, resume: Path | None) -> None:
+        if "train" not in data:
+            raise ConfigError([Fault("data", "has no 'train' rows")])
+        if self.spec.task != "causal-lm":
+            raise ModelError(f"A {self.spec.task} model is not trained here.", todo="task='causal-lm'")
+        if self.bits is not None and not self.config.use_lora:
+            raise ConfigError(
+                [Fault("bits", f"{self.bits}-bit weights cannot be trained whole", "use_lora=True, or bits=None")]
+            )
+        if self.config.bits is not None and self.spec.bits not in (None, self.config.bits):
+            raise ConfigError([Fault("bits", f"the model says {self.spec.bits}, the trainer {self.config.bits}")])
+        if adapter is not None and resume is not None:
+            raise ConfigError([Fault("resume", "a resumed run has its weights already", "leave adapter out")])
+        if resume is not None and not (Path(resume) / "trainer_state.json").is_file():
+            raise ModelError(
+                f"{resume} cannot be resumed from.",
+                seen="it has no trainer_state.json",
+                todo="resume from the newest checkpoint of the run; older ones keep weights only",
+            )
+
+    def _rows(self, data: Mapping[str, Source], plan: Plan, transform: Any) -> dict[str, Any]:
+        """Rows of every set that this run reads; their counts and notes are said."""
+        from .rows import make_rows
+
+        self.tokenizer = bases.load_tokenizer(self.spec)
+        if self.config.chat_template:
+            self.tokenizer.chat_template = self.config.chat_template
+        self._note(bases.ensure_pad(self.tokenizer, None))
+        context = bases.context_of(self.spec)
+        evaluates = str(plan.arguments.eval_strategy.value) != "no" or plan.arguments.eval_on_start
+        rows = {}
+        for name, source in data.items():
+            if name != "train" and not evaluates:
+                continue
+            rows[name] = make_rows(
+                source(),
+                self.tokenizer,
+                self.config,
+                prompt_template=self.spec.prompt_template,
+                transform=transform,
+                context=context,
+                name=name,
+            )
+            report = rows[name].report
+            for note in report.notes:
+                level = "warning" if report.cut or report.dropped else "info"
+                self.hooks.say(Note(level=level, text=note, data={"rows": name}))
+        report = rows["train"].report
+        self.counts.update(
+            found=report.found,
+            rows=report.used,
+            cut=report.cut,
+            dropped=report.dropped,
+            tokens=report.tokens,
+            trained_tokens=report.trained_tokens,
+            key=report.key,
+            kind=report.kind,
+            eval_rows={name: len(found) for name, found in rows.items() if name != "train"},
+        )
+        return rows
+
+    def _load(self, plan: Plan) -> list[int]:
+        """The base, with a row for every token. Returns ids of tokens that the base did not have."""
+        self.model, _ = bases.load_base(self.spec, bits=self.bits, training=True, dtype=plan.base_dtype)
+        if not self.config.use_lora and getattr(self.model, "is_quantized", False):
+            raise ConfigError([Fault("use_lora", "a quantised base cannot be trained whole", "use_lora=True")])
+        before = self.model.get_input_embeddings().weight.shape[0]
+        self._note(bases.ensure_pad(self.tokenizer, self.model))
+        after = self.model.get_input_embeddings().weight.shape[0]
+        return [i for i in range(before, after) if i != self.tokenizer.pad_token_id]
+
+    def _note(self, text: str | None, level: str = "info") -> None:
+        if text:
+            self.hooks.say(Note(level=level, text=text))
+
+    def _prepare(self, plan: Plan, adapter: Path | None, fingerprint: str, new_tokens: list[int]) -> None:
+        """The model as it is trained: its adapter, its dtypes, its checkpointing."""
+        config = self.config
+        if adapter is not None:
+            adapters.check_base(adapter, self.spec.model_name_or_path, fingerprint)
+            self.model = adapters.load_adapter(self.model, adapter, trainable=config.use_lora)
+            if not config.use_lora:
+                self.model = self.model.merge_and_unload()
+                self.model.requires_grad_(True)
+        elif config.use_lora:
+            self.model = adapters.attach_lora(self.model, config, new_tokens)
+        if config.use_lora:
+            modules = adapters.lora_modules(self.model)
+            self.counts["modules"] = len(modules)
+            self._note(f"LoRA changes {len(modules)} modules ({_leaves(modules)}).")
+            if plan.arguments.activation_checkpointing:
+                # With a frozen base nothing that enters a checkpointed layer needs a gradient, and none would come out.
+                self.model.get_base_model().enable_input_require_grads()
+        asked = bases.dtype_of(self.spec) if not config.use_lora else None
+        if asked is not None and plan.precision == "float16" and str(asked) == "torch.float16":
+            raise ConfigError([Fault("fp16", "with weights in float16 has no float32 copy to step", "leave dtype out")])
+        trained = adapters.check_dtypes(self.model, allow=asked)
+        trainable, parameters = adapters.count_parameters(self.model)
+        self.counts.update(
+            trainable=trainable,
+            parameters=parameters,
+            precision=plan.precision,
+            trained_dtype=trained,
+            bits=bases.quantised_bits(self.model),
+        )
+
+    def _build(
+        self, plan: Plan, rows: dict[str, Any], options: dict[str, Any], fingerprint: str, resume: Path | None
+    ) -> None:
+        """The loop around the model."""
+        from .callbacks import Patience, Watch
+        from .loop import Loop
+        from .rows import Collator
+
+        args = plan.arguments
+        train, order = _ordered(rows["train"], plan, self.tokenizer)
+        if callable(options.get("optimizers")):
+            options["optimizers"] = options["optimizers"](self.model)
+        self.loop = Loop(
+            model=self.model,
+            args=args,
+            data_collator=Collator(self.tokenizer),
+            train_dataset=train,
+            eval_dataset=_evaluated(rows, plan, self.tokenizer, "compute_metrics" in options),
+            processing_class=self.tokenizer,
+            hooks=self.hooks,
+            card=self._card(plan, fingerprint),
+            resumed=manifest.read(resume) if resume else None,
+            order=order,
+            **options,
+        )
+        self.watch = Watch(self.loop, self._started, plan.own_logging)
+        self.loop.add_callback(self.watch)
+        if self.config.early_stopping_patience is not None:
+            self.loop.add_callback(
+                Patience(self.loop, self.config.early_stopping_patience, self.config.early_stopping_threshold)
+            )
+
+    def _card(self, plan: Plan, fingerprint: str) -> dict[str, Any]:
+        return {
+            "base": self.spec.model_name_or_path,
+            "base_fingerprint": fingerprint,
+            "kind": "adapter" if self.config.use_lora else "model",
+            "chat_template": self.tokenizer.chat_template,
+            "prompt_template": self.config.prompt_template or self.spec.prompt_template,
+            "vocabulary": self.model.get_input_embeddings().weight.shape[0],
+            "precision": plan.precision,
+            "bits": self.counts["bits"],
+            "versions": manifest.versions(),
+        }
+
+    # --- during and after ---------------------------------------------------------------------------------
+
+    def _started(self, state: Any) -> None:
+        args = self.loop.args
+        self.counts.update(
+            steps=state.max_steps,
+            epochs=state.num_train_epochs,
+            ranks=args.world_size,
+            rows_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            device=str(args.device),
+        )
+        if self.main:
+            self.hooks.started(dict(self.counts))
+
+    def _run(self, plan: Plan, resume: Path | None) -> TrainResult:
+        from .callbacks import Killed
+
+        loop, begin = self.loop, time.perf_counter()
+        summary: dict[str, float] = {}
+        try:
+            summary = dict(loop.train(resume_from_checkpoint=str(resume) if resume else None).metrics)
+        except Killed:
+            self.watch.stopped = True
+        state = loop.state
+        metrics = {name: float(value) for name, value in summary.items()}
+        metrics.setdefault("train_runtime", time.perf_counter() - begin)
+        for entry in state.log_history:
+            metrics.update({k: v for k, v in entry.items() if k == "loss" or k.startswith("eval_")})
+        metrics.pop("eval_model_preparation_time", None)
+        return TrainResult(
+            steps=state.global_step - getattr(loop, "_initial_global_step", 0),
+            last_step=state.global_step,
+            metrics=metrics,
+            best_step=loop.best[1] if plan.chooses_best and loop.best else None,
+            stopped=self.watch.stopped,
+            kind=loop.card["kind"],
+            base_fingerprint=loop.card["base_fingerprint"],
+        )
+
+    def close(self) -> None:
+        """Lets go of everything; the memory of a model is free when this returned."""
+        loop = self.loop
+        if loop is not None:
+            loop.accelerator.free_memory()
+            loop.callback_handler.__dict__.update(
+                model=None, optimizer=None, lr_scheduler=None, train_dataloader=None, eval_dataloader=None, callbacks=[]
+            )
+            loop.model = loop.model_wrapped = loop.optimizer = loop.lr_scheduler = loop.deepspeed = None
+        self.__dict__.clear()
+        give_back()
+
+
+def _leaves(modules: list[str]) -> str:
+    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in modules}))
+
+
+def _rank() -> int:
+    import os
+
+    return int(os.environ.get("RANK", "0"))
+
+
+def _ordered(rows: Any, plan: Plan, tokenizer: Any) -> tuple[Any, Any]:
+    """The training rows and their order, filled up with blank rows on several ranks."""
+    from .order import Filled, Order, blanks_for
+
+    args = plan.arguments
+    if args.train_sampling_strategy == "batch_rebalance":
+        return rows, None  # Trainer's own
+    exact = args.average_tokens_across_devices and not args.dataloader_drop_last
+    blanks = blanks_for(len(rows), args.train_batch_size, args.world_size) if exact else 0
+    order = Order(
+        rows.lengths,
+        args.train_sampling_strategy,
+        args.data_seed if args.data_seed is not None else args.seed,
+        batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        blanks=blanks,
+    )
+    return Filled(rows, blanks, tokenizer.pad_token_id) if blanks else rows, order
+
+
+def _evaluated(rows: dict[str, Any], plan: Plan, tokenizer: Any, keeps_logits: bool) -> Any:
+    """One evaluation set for "valid" alone, a dict for several; None for none."""
+    from .order import Filled, blanks_for
+
+    args = plan.arguments
+    sets = {}
+    for name, found in rows.items():
+        if name == "train":
+            continue
+        blanks = 0 if keeps_logits else blanks_for(len(found), args.eval_batch_size, args.world_size)
+        sets[name] = Filled(found, blanks, tokenizer.pad_token_id) if blanks else found
+    if not sets:
+        return None
+    return sets["valid"] if list(sets) == ["valid"] else sets
+
+
+def _explained(error: BaseException, config: TrainConfig) -> BaseException:
+    """Out of memory in words; every other error as it is."""
+    import torch
+
+    text = str(error).lower()
+    full = isinstance(error, torch.OutOfMemoryError) or isinstance(error, MemoryError)
+    if not full and not (isinstance(error, RuntimeError) and "can't allocate memory" in text):
+        return error
+    ideas = [
+        "per_device_train_batch_size=1 with gradient_accumulation_steps to match",
+        f"max_seq_length below {config.max_seq_length}",
+        "activation_checkpointing=True",
+    ]
+    if config.bits is None:
+        ideas.append("bits=4" if config.use_lora else "use_lora=True")
+    return RunError("The run ran out of memory.", seen=str(error).splitlines()[0], todo="try " + ", ".join(ideas))

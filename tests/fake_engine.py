@@ -1,0 +1,50 @@
+"""An engine without torch: it walks through the rows, says losses, writes small checkpoint folders."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from llmnb.engine.hooks import Hooks, TrainResult
+from llmnb.events import Metric
+
+
+def train(spec: Any, config: Any, data: Any, hooks: Hooks, *, workdir: Path, **more: Any) -> TrainResult:
+    """Says one loss per step. ``config.arguments``: max_steps, save_steps, losses, pause_ms, say_much."""
+    given = dict(config.arguments)
+    transform = more.get("transform")
+    rows = []
+    for row in data["train"]():
+        rows.append(transform(row["text"]) if transform else row["text"])
+    steps = int(given.get("max_steps", 4))
+    pause = float(given.get("pause_ms", 0)) / 1000
+    hooks.started({"rows": len(rows), "steps": steps, "cut": 0, "dropped": 0})
+    best_step, done = None, 0
+    losses = given.get("losses") or [1.0 / (i + 1) for i in range(steps)]
+    for step in range(1, steps + 1):
+        letter = hooks.control()
+        if letter:
+            if letter == "stop":
+                _save(hooks, workdir, spec, done, {}, False)
+            return TrainResult(done, done, stopped=True, best_step=best_step)
+        time.sleep(pause)
+        done = step
+        print("x" * int(given.get("say_much", 0)), flush=True)
+        hooks.say(Metric(step=step, epoch=step / steps, values={"loss": losses[step - 1], "learning_rate": 1e-4}))
+        if step % int(given.get("save_steps", 1)) == 0:
+            metrics = {"eval_loss": losses[step - 1]}
+            best = losses[step - 1] == min(losses[:step])
+            best_step = step if best else best_step
+            _save(hooks, workdir, spec, step, metrics, best)
+    return TrainResult(done, done, best_step=best_step)
+
+
+def _save(hooks: Hooks, workdir: Path, spec: Any, step: int, metrics: dict[str, float], best: bool) -> None:
+    folder = workdir / f"checkpoint-{step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_model.safetensors").write_bytes(f"weights of {spec.identifier} at {step}".encode())
+    (folder / "llmnb.json").write_text(json.dumps({"step": step}))
+    (folder / "optimizer.pt").write_bytes(f"optimizer at {step}".encode())
+    hooks.checkpoint(folder, step, metrics, "adapter", "fingerprint", best)

@@ -1,0 +1,83 @@
+"""Events of runs as records. ``(run, seq)`` is the record's id, so storing an event twice does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..events import Event, Note, from_dict
+from .runs import Runs
+from .tables import Duplicate, Table, plain
+
+__all__ = ["Events"]
+
+
+def _key(run: str, seq: int) -> str:
+    # Sorts by seq within a run, so that the id's own index serves a tail.
+    return f"{run}/{seq:09d}"
+
+
+def _range(run: str, after: int) -> dict[str, str]:
+    return {"$gt": _key(run, after), "$lt": f"{run}/:"}  # ":" comes right after "9"
+
+
+def _event(record: dict[str, Any]) -> Event:
+    try:
+        return from_dict(record)
+    except KeyError:
+        text = f"An event of a kind that this version does not know: {record.get('kind')!r}."
+        return Note(seq=record["seq"], time=record["time"], level="warning", text=text)
+
+
+class Events:
+    """The collection ``llmnb.events``."""
+
+    def __init__(self, table: Table, runs: Runs) -> None:
+        self._table, self._runs = table, runs
+
+    def append(self, run: str, events: Sequence[Event]) -> None:
+        """Stores events; those that are there already stay as they are.
+
+        They are written in the order of their ``seq``, so that a reader who asks for what comes after the
+        last one seen never misses one.
+
+        Raises:
+            ValueError: an event without a number.
+        """
+        waiting = {event.seq: event for event in sorted(events, key=lambda event: event.seq)}
+        if not waiting:
+            return
+        if min(waiting) < 1:
+            raise ValueError("an event without a seq cannot be stored; number it first")
+        newest = max(waiting)
+        while waiting:
+            ids = [_key(run, seq) for seq in waiting]
+            for record in self._table.find({"_id": {"$in": ids}}, {"seq": 1}):
+                waiting.pop(record["seq"], None)
+            try:
+                if waiting:
+                    self._table.insert_many([self._record(run, event) for event in waiting.values()])
+            except Duplicate:  # another sender is at it with the same events; look again
+                continue
+            break
+        self._runs.saw(run, newest)
+
+    @staticmethod
+    def _record(run: str, event: Event) -> dict[str, Any]:
+        return {"_id": _key(run, event.seq), "run": run, **plain(event.to_dict())}
+
+    def since(self, run: str, seq: int = 0, limit: int = 0, kinds: Iterable[str] | None = None) -> list[Event]:
+        """Events after ``seq``, in order; at most ``limit`` (0: all); of some kinds only, when given."""
+        wanted: dict[str, Any] = {"_id": _range(run, seq)}
+        if kinds is not None:
+            wanted["kind"] = {"$in": [kinds] if isinstance(kinds, str) else list(kinds)}
+        return [_event(record) for record in self._table.find(wanted, sort=[("_id", 1)], limit=limit)]
+
+    def last_seq(self, run: str) -> int:
+        """The number of the newest stored event, 0 when there is none."""
+        found = self._table.find({"_id": _range(run, 0)}, {"seq": 1}, sort=[("_id", -1)], limit=1)
+        return int(found[0]["seq"]) if found else 0
+
+    def remove(self, run: str) -> int:
+        """Removes a run's events; how many there were."""
+        return self._table.delete({"_id": _range(run, 0)})

@@ -1,0 +1,222 @@
+"""Where bytes lie: GridFS, or a folder behind any fsspec URL. Each upload gets a name of its own.
+
+A place knows neither digests nor who needs the bytes; an upload that broke off is a name that nobody records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import fsspec
+import gridfs
+from bson import ObjectId
+from bson.errors import InvalidId
+from gridfs.errors import GridFSError, NoFile
+from pymongo.errors import PyMongoError
+
+from ..errors import ArtifactError
+from .address import mask_uri
+from .tables import no_space, translated
+
+__all__ = ["BUCKET", "FolderPlace", "GridPlace", "Place", "absolute"]
+
+BUCKET = "llmnb.fs"
+# Measured on 2 cores against a mongod beside it, 64 MB: 1 MiB chunks are put and got faster than GridFS's 255 KiB.
+CHUNK = 1 << 20
+
+
+class Place(Protocol):
+    """Bytes by name."""
+
+    label: str
+
+    def write(self, chunks: Iterable[bytes]) -> str:
+        """Stores bytes under a new name; the name."""
+
+    def read(self, name: str) -> Iterator[bytes]:
+        """The bytes, in pieces."""
+
+    def size(self, name: str) -> int | None:
+        """How many bytes there are under a name; None when there is none."""
+
+    def delete(self, name: str) -> None:
+        """Removes a name; nothing happens when there is none."""
+
+    def names(self) -> Iterator[tuple[str, dt.datetime, int]]:
+        """Every name with the time when its upload began and its size, uploads that broke off included."""
+
+
+@contextlib.contextmanager
+def _explained(label: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (NoFile, FileNotFoundError) as error:
+        raise ArtifactError("Stored bytes are missing.", seen=f"{label}: {error}") from error
+    except GridFSError as error:
+        raise ArtifactError("Stored bytes are damaged.", seen=f"{label}: {error}") from error
+    except (OSError, PyMongoError) as error:
+        if no_space(error):
+            raise ArtifactError(
+                f"No space left: {what} {label} failed; nothing that was stored before is touched.",
+                seen=str(error)[:200],
+                todo="free space there (llmnb db gc removes what no record names), or give artifacts= another URL",
+            ) from error
+        if isinstance(error, PyMongoError):
+            with translated(label):
+                raise
+        raise ArtifactError(f"{what} {label} failed.".capitalize(), seen=f"{type(error).__name__}: {error}") from error
+
+
+class GridPlace:
+    """GridFS in the database itself."""
+
+    def __init__(self, database: Any) -> None:
+        self.label = "gridfs"
+        self._database = database
+        if type(database).__module__.startswith("mongomock"):
+            from mongomock.gridfs import enable_gridfs_integration
+
+            enable_gridfs_integration()
+        self._fs = gridfs.GridFS(database, BUCKET)
+
+    def write(self, chunks: Iterable[bytes]) -> str:
+        name = ObjectId()
+        with _explained("GridFS", "writing to"):
+            upload = self._fs.new_file(_id=name, chunk_size=CHUNK)
+            try:
+                for chunk in chunks:
+                    upload.write(chunk)
+                upload.close()
+            except BaseException:
+                with contextlib.suppress(PyMongoError):
+                    upload.abort()
+                raise
+        return str(name)
+
+    def read(self, name: str) -> Iterator[bytes]:
+        with _explained("GridFS", "reading from"):
+            source = self._fs.get(ObjectId(name))
+            left = source.length
+            while left:
+                chunk = source.readchunk()
+                if not chunk:
+                    raise ArtifactError("Stored bytes are damaged: some are missing.", seen=f"GridFS file {name}")
+                left -= len(chunk)
+                yield chunk
+
+    def size(self, name: str) -> int | None:
+        with _explained("GridFS", "reading from"):
+            found = self._database[BUCKET + ".files"].find_one({"_id": ObjectId(name)}, {"length": 1})
+        return None if found is None else int(found["length"])
+
+    def delete(self, name: str) -> None:
+        with _explained("GridFS", "deleting from"):
+            self._fs.delete(ObjectId(name))
+
+    def names(self) -> Iterator[tuple[str, dt.datetime, int]]:
+        with _explained("GridFS", "reading from"):
+            whole = {found["_id"]: found.get("length", 0) for found in self._database[BUCKET + ".files"].find()}
+            group = [{"$group": {"_id": "$files_id", "chunks": {"$sum": 1}}}]
+            parts = {found["_id"]: found["chunks"] for found in self._database[BUCKET + ".chunks"].aggregate(group)}
+        for name in whole.keys() | parts.keys():
+            if isinstance(name, ObjectId):
+                yield str(name), name.generation_time, whole.get(name, parts.get(name, 0) * CHUNK)
+
+
+class FolderPlace:
+    """A folder behind an fsspec URL: ``file:///data/artifacts``, ``memory://name``, ``s3://bucket/folder``.
+
+    Args:
+        url: where.
+        identity: the database's own word; its folder beneath the URL, so that databases can share one.
+    """
+
+    def __init__(self, url: str, identity: str) -> None:
+        self.label = url
+        try:
+            self._fs, root = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise ArtifactError(
+                "Artifacts cannot be kept at this URL.",
+                seen=f"{mask_uri(url)}: {error}",
+                todo="install the package for it",
+            ) from error
+        self._root = f"{root.rstrip('/')}/llmnb-{identity}"
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def write(self, chunks: Iterable[bytes]) -> str:
+        key = str(ObjectId())
+        name = f"{key[-2:]}/{key}"
+        path = self._path(name)
+        with _explained(self.label, "writing to"):
+            try:
+                self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+                with self._fs.open(path, "wb") as file:
+                    for chunk in chunks:
+                        file.write(chunk)
+                    file.flush()
+                    if "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)):
+                        os.fsync(file.fileno())
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self._fs.rm_file(path)
+                raise
+        return name
+
+    def read(self, name: str) -> Iterator[bytes]:
+        with _explained(self.label, "reading from"), self._fs.open(self._path(name), "rb") as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+    def size(self, name: str) -> int | None:
+        with _explained(self.label, "reading from"):
+            try:
+                self._fs.invalidate_cache()
+                return int(self._fs.size(self._path(name)))
+            except FileNotFoundError:
+                return None
+
+    def delete(self, name: str) -> None:
+        with _explained(self.label, "deleting from"), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(name))
+
+    def names(self) -> Iterator[tuple[str, dt.datetime, int]]:
+        with _explained(self.label, "reading from"):
+            try:
+                self._fs.invalidate_cache()
+                found = self._fs.find(self._root, detail=True)
+            except FileNotFoundError:
+                return
+        for path, facts in found.items():
+            folder, _, key = path.rpartition("/")
+            try:
+                began = ObjectId(key).generation_time
+            except InvalidId:  # not ours
+                continue
+            yield f"{folder.rpartition('/')[2]}/{key}", began, int(facts.get("size") or 0)
+
+
+def absolute(url: str | None) -> str | None:
+    """The URL as it is recorded: a plain path becomes an absolute ``file://`` URL; None means GridFS.
+
+    Raises:
+        ArtifactError: the URL holds a password, which must not go into the database.
+    """
+    if url is None or url in ("gridfs", "gridfs://"):
+        return None
+    if mask_uri(url) != url:
+        raise ArtifactError(
+            "An artifact URL must not hold a password: it is recorded in the database.",
+            seen=mask_uri(url),
+            todo="give the credentials in the environment (for s3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)",
+        )
+    scheme, mark, rest = url.partition("://")
+    if not mark or scheme in ("file", "local"):
+        return "file://" + os.path.abspath(os.path.expanduser(rest if mark else url))
+    return url

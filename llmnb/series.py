@@ -20,6 +20,7 @@ from .events import CheckpointSaved, Event, Metric, Note, StateChanged
 __all__ = [
     "ENDED",
     "Curve",
+    "Picture",
     "Points",
     "Status",
     "about",
@@ -28,8 +29,10 @@ __all__ = [
     "downsample",
     "fold",
     "figure",
+    "kept",
     "marks",
     "number",
+    "picture",
     "rate",
     "seconds_left",
     "size",
@@ -252,35 +255,39 @@ def smooth(values: Floats, weight: float = 0.6) -> Floats:
     return out
 
 
-def downsample(points: Points, buckets: int = 1000) -> Points:
-    """At most about ``2 * buckets`` points that look the same: the lowest and the highest of each bucket.
+def kept(values: Floats, buckets: int = 1000) -> NDArray[np.int64]:
+    """Which of ``values`` to keep so that about ``2 * buckets`` of them look the same, ascending.
 
-    Spikes stay, the first and the last point stay, and a bucket with a value that is not finite keeps one such
-    value, so that a gap stays a gap.
+    The lowest and the highest of each bucket: spikes stay, the first and the last value stay, and a bucket with a
+    value that is not finite keeps one such value, so that a gap stays a gap.
 
     Raises:
         ValueError: fewer than one bucket.
     """
     if buckets < 1:
         raise ValueError(f"downsampling needs at least one bucket, not {buckets}")
-    count = len(points)
+    count = len(values)
     if count <= 2 * buckets:
-        return points
+        return np.arange(count)
     width = math.ceil(count / buckets)
     whole = count // width * width
-    grid = points.values[:whole].reshape(-1, width)
+    grid = values[:whole].reshape(-1, width)
     finite = np.isfinite(grid)
     starts = np.arange(0, whole, width)
+    holed = ~finite.all(axis=1)
     chosen = [
         np.array([0, count - 1]),
         starts + np.where(finite, grid, np.inf).argmin(axis=1),
         starts + np.where(finite, grid, -np.inf).argmax(axis=1),
+        starts[holed] + (~finite[holed]).argmax(axis=1),
+        whole + _tail(values[whole:]),
     ]
-    gaps = ~finite
-    holed = gaps.any(axis=1)
-    chosen.append(starts[holed] + gaps[holed].argmax(axis=1))
-    chosen.append(_tail(points.values[whole:]) + whole)
-    keep = np.unique(np.concatenate(chosen))
+    return np.unique(np.concatenate(chosen))
+
+
+def downsample(points: Points, buckets: int = 1000) -> Points:
+    """The points that ``kept`` keeps."""
+    keep = kept(points.values, buckets)
     return Points(points.steps[keep], points.values[keep], points.times[keep])
 
 
@@ -291,6 +298,28 @@ def _tail(values: Floats) -> NDArray[np.int64]:
     if len(finite):
         chosen.append(finite[[values[finite].argmin(), values[finite].argmax()]])
     return np.concatenate(chosen).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """What a chart of the loss draws: ``loss`` and its ``smooth`` twin over ``steps``, and the evaluations."""
+
+    steps: Floats
+    loss: Floats
+    smooth: Floats
+    evaluated: Points
+
+
+def picture(
+    curve: Curve, *, weight: float = 0.6, buckets: int = 1000, span: tuple[float, float] | None = None
+) -> Picture:
+    """The curve reduced to what a screen can show, whole or between two steps. The loss is smoothed before."""
+    loss, evaluated = curve["loss"], curve["eval_loss"]
+    both = Points(loss.steps, loss.values, smooth(loss.values, weight))
+    if span is not None:
+        both, evaluated = both.between(*span), evaluated.between(*span)
+    keep = kept(both.values, buckets)
+    return Picture(both.steps[keep], both.values[keep], both.times[keep], downsample(evaluated, buckets))
 
 
 def best(curve: Curve) -> tuple[int, float] | None:

@@ -1,0 +1,237 @@
+"""The line behind a magic, read: quotes, Python variables, and ``--name value`` for every training option.
+
+Faults are ``ConfigError``s with near names, all at once. This module knows neither database nor display.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from functools import wraps
+from typing import Any
+
+from .. import options
+from ..config import ModelSpec, TrainConfig
+from ..errors import ConfigError, Fault, LlmnbError, near
+from .faults import mark
+
+__all__ = ["bordered", "expanded", "named", "settings", "spell", "split", "types_of"]
+
+_ALL = frozenset({"bool", "int", "float", "str", "list", "dict", "None"})
+# A name that stands for a Python object of the notebook. Plain words ("text", "steps") are never looked up.
+_OBJECTS = frozenset(
+    {
+        "select",
+        "transform",
+        "eval_selects",
+        "deepspeed",
+        "ray_configs",
+        "training_kwargs",
+        "model_kwargs",
+        "tokenizer_kwargs",
+        "predict_kwargs",
+    }
+)
+_BESIDE = {"ray_address": frozenset({"str", "None"}), "ray_configs": _ALL, "training_kwargs": _ALL, "transform": _ALL}
+_MODEL_ONLY = frozenset(f.name for f in fields(ModelSpec)) - {"bits", "task"}
+_SHORT = {"model": "model_name_or_path"}
+_VARIABLE = re.compile(r"\$\$|\$([A-Za-z_]\w*)|\{([A-Za-z_][\w.]*)\}")
+
+
+def split(line: str) -> list[str]:
+    """The words of a line, quotes taken off.
+
+    Raises:
+        ConfigError: a quote is not closed.
+    """
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise ConfigError([Fault(line.strip()[:60], str(error).lower(), "close the quote")]) from None
+
+
+def expanded(line: str, names: Mapping[str, Any]) -> str:
+    """``$name`` and ``{name}`` and ``{name.field}`` replaced by the notebook's variables; ``$$`` is a dollar.
+
+    Unlike IPython's own expansion it leaves JSON alone: ``{"a": 1}`` stays what it is.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        if match.group() == "$$":
+            return "$"
+        first, *rest = (match.group(1) or match.group(2)).split(".")
+        if first not in names:
+            return match.group()
+        found = names[first]
+        for part in rest:
+            if not hasattr(found, part):
+                return match.group()
+            found = getattr(found, part)
+        return str(found)
+
+    return _VARIABLE.sub(value, line)
+
+
+def bordered(magic: Callable[..., Any]) -> Callable[..., Any]:
+    """The border of a magic: reads the line for it, answers ``--help``, and marks its errors to be shown short.
+
+    The magic is called with the parsed arguments, the words that were not understood, and the cell's text. It gets
+    the unread words only when its parser is open (``%llm_train``, ``%%llm_chat``); else they are faults.
+    """
+
+    @wraps(magic)
+    def run(self: Any, line: str = "", cell: str | None = None) -> Any:
+        parser = run.parser  # type: ignore[attr-defined]
+        try:
+            words = split(expanded(line, self.shell.user_ns))
+            if "--help" in words or "-h" in words:
+                print(parser.format_help().replace("::\n\n", "").strip())
+                self.more_help(magic.__name__)
+                return None
+            parser.allow_abbrev = False
+            parser.error = _refuse
+            known, rest = parser.parse_known_args(words)
+            if rest and not getattr(run, "open", False):
+                raise ConfigError(_unread(rest, option_names(parser)))
+            return magic(self, known, rest, cell)
+        except LlmnbError as error:
+            raise mark(error)  # noqa: B904 - the same error, not another
+
+    return run
+
+
+def _refuse(message: str) -> None:
+    name, _, what = message.rpartition(": ")
+    raise ConfigError([Fault(name.removeprefix("argument ") or "the line", what, "--help shows what is possible")])
+
+
+def option_names(parser: Any) -> list[str]:
+    """The options of a parser, as they are typed."""
+    return [name for action in parser._actions for name in action.option_strings]
+
+
+def _unread(words: Sequence[str], known: Iterable[str]) -> list[Fault]:
+    known = [*known, "--help"]
+    faults = []
+    for word in words:
+        close = near(word.split("=")[0], known)
+        hint = "did you mean " + " or ".join(close) + "?" if close else "--help shows what is possible"
+        faults.append(Fault(word, "is not understood", hint))
+    return faults
+
+
+def named(words: Sequence[str]) -> dict[str, str | None]:
+    """``["--lr=1", "--fp16", "--key", "text"]`` as ``{"lr": "1", "fp16": None, "key": "text"}``.
+
+    Raises:
+        ConfigError: a word that belongs to no option, or an option given twice.
+    """
+    out: dict[str, str | None] = {}
+    faults: list[Fault] = []
+    name: str | None = None
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            if name in out:
+                faults.append(Fault(f"--{name}", "is given twice", "leave one out"))
+            out[name] = value if equals else None
+            if equals:
+                name = None
+        elif name is not None:
+            out[name], name = word, None
+        else:
+            faults.append(Fault(word, "belongs to no option", "write --name value; quote a value that has spaces"))
+    if faults:
+        raise ConfigError(faults)
+    return out
+
+
+def types_of(name: str) -> frozenset[str] | None:
+    """The accepted types of a setting by name, or None when no such setting exists."""
+    for cls in (TrainConfig, ModelSpec):
+        for f in fields(cls):
+            if f.name == name and name not in ("arguments", "functions", "task"):
+                words = set(re.findall(r"\w+", str(f.type)))
+                if words & {"Any", "Mapping", "Select"}:
+                    return _ALL - {"bool", "int", "float"} if name != "deepspeed" else _ALL
+                return frozenset(words & _ALL)
+    if name in _BESIDE:
+        return _BESIDE[name]
+    option = options.training_arguments().get(name)
+    if option is not None:
+        return option.types
+    return _ALL if name in options.synonyms() else None
+
+
+def known_settings() -> list[str]:
+    """Every name that ``%llm_train`` takes."""
+    from ..trainer import LLMTrainer
+
+    return sorted(LLMTrainer.names() | _MODEL_ONLY | set(_SHORT) | options.synonyms())
+
+
+def settings(given: Mapping[str, str | None], names: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Typed words as the keyword arguments of ``LLM`` and of ``LLMTrainer``.
+
+    Args:
+        given: option → text, None for an option without a value (True for a yes-or-no option).
+        names: the notebook's variables, for options that take an object by name.
+
+    Raises:
+        ConfigError: every unknown option with near names, every missing value.
+    """
+    model: dict[str, Any] = {}
+    trainer: dict[str, Any] = {}
+    faults: list[Fault] = []
+    for written, text in given.items():
+        name = _SHORT.get(written, written)
+        types = types_of(name)
+        if types is None:
+            close = near(written, known_settings())
+            hint = "did you mean " + " or ".join(f"--{c}" for c in close) + "?" if close else "%llm_train --help"
+            faults.append(Fault(f"--{written}", "is not an option", hint))
+            continue
+        if text is None:
+            if "bool" not in types:
+                faults.append(Fault(f"--{written}", "needs a value", f"--{written} VALUE"))
+                continue
+            value: Any = True
+        else:
+            value = _value(name, text, types, names)
+        (model if name in _MODEL_ONLY else trainer)[name] = value
+    if faults:
+        raise ConfigError(faults)
+    return model, trainer
+
+
+def _value(name: str, text: str, types: frozenset[str], names: Mapping[str, Any]) -> Any:
+    if name in _OBJECTS and text.isidentifier() and text in names:
+        return names[text]
+    value = options.parse(name, text, types)
+    if name == "key" and isinstance(value, str) and "," in value:
+        return tuple(part.strip() for part in value.split(","))
+    if name == "key" and isinstance(value, list):
+        return tuple(value)
+    if name == "lora_target_modules" and isinstance(value, str) and "," in value:
+        return [part.strip() for part in value.split(",")]
+    return value
+
+
+def spell(name: str, value: Any) -> str:
+    """The words of a magic line for one setting: ``--learning_rate 0.0002``."""
+    import json
+
+    if value is True:
+        return f"--{name}"
+    if name == "key" and isinstance(value, tuple):
+        text = ",".join(value)
+    elif isinstance(value, (dict, list, tuple)):
+        text = json.dumps(value)
+    elif value is None:
+        text = "none"
+    else:
+        text = str(value)
+    return f"--{name} {shlex.quote(text)}"

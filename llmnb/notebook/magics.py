@@ -1,0 +1,351 @@
+"""The magics. Each is a thin line over the Python API: what it does is a method somewhere else, too.
+
+A magic reads its line, calls the session's database, and shows a table or a view. It returns what a person would go on
+with, so ``run = %llm_train … --start`` works.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, no_var_expand
+from IPython.core.magic_arguments import argument, magic_arguments
+
+from ..errors import ConfigError, Fault, NotFound
+from ..query import Collection
+from .arguments import bordered, known_settings, named, settings
+from .session import Session
+from .tables import Table, local_time, short
+
+__all__ = ["NAMES", "LlmMagics"]
+
+NAMES = (
+    "llm_connect",
+    "llm_data",
+    "llm_train",
+    "llm_runs",
+    "llm_watch",
+    "llm_stop",
+    "llm_checkpoints",
+    "llm_chat",
+    "llm_help",
+)
+_HELP = argument("--help", "-h", action="store_true", help="show this help")
+
+
+def _open(magic: Any) -> Any:
+    """Marks a magic that reads options its parser does not list."""
+    magic.open = True
+    return magic
+
+
+@magics_class
+class LlmMagics(Magics):
+    """The magics of one shell."""
+
+    def __init__(self, shell: Any, session: Session) -> None:
+        super().__init__(shell)
+        self.session = session
+
+    # -- the database ----------------------------------------------------------------------------------------
+
+    @magic_arguments()
+    @argument(
+        "uri",
+        nargs="?",
+        help="mongodb://… or mongomock://name, or a variable that holds a database; nothing: "
+        "LLMNB_URI, else the database of this folder (./.llmnb)",
+    )
+    @_HELP
+    @no_var_expand
+    @line_magic
+    @bordered
+    def llm_connect(self, known: Any, _rest: list[str], _cell: str | None) -> Any:
+        """Connects the notebook to a database. Returns it: db = %llm_connect"""
+        return self.session.connect(known.uri)
+
+    @magic_arguments()
+    @argument("collection", nargs="?", help="the collection to look into; nothing: list them all")
+    @argument("--filter", help="a MongoDB filter, in quotes")
+    @argument("--rows", type=int, default=3, help="documents to show (3)")
+    @_HELP
+    @no_var_expand
+    @line_magic
+    @bordered
+    def llm_data(self, known: Any, _rest: list[str], _cell: str | None) -> Table:
+        """Shows the collections of the database, or what is in one of them."""
+        from .plan import selection
+
+        store = self.session.database().store
+        collections = store.collections()
+        if not known.collection:
+            return Table(
+                ("collection", "documents"),
+                sorted(collections.items()),
+                empty="There are no collections yet: db.execute(Collection('docs').insert_many([…]))",
+                note="%llm_data COLLECTION looks into one" if collections else "",
+            )
+        if known.collection not in collections:
+            raise NotFound("collection", known.collection, sorted(collections))
+        return _look_into(store, selection(known.collection, known.filter, None), known.rows)
+
+    # -- training --------------------------------------------------------------------------------------------
+
+    @magic_arguments()
+    @argument("--start", action="store_true", help="start now, in the background; without it the plan is shown")
+    @argument("--model", help="the base model: a hub id or a folder")
+    @argument("--llm", help="the name of a variable that holds an LLM, in place of --model")
+    @argument("--collection", help="the documents to train on")
+    @argument("--filter", help="a MongoDB filter, in quotes: only these documents")
+    @argument("--limit", type=int, help="at most so many documents")
+    @_HELP
+    @no_var_expand
+    @line_magic
+    @_open
+    @bordered
+    def llm_train(self, known: Any, rest: list[str], _cell: str | None) -> Any:
+        """Fine-tunes a model on a collection. Returns the run: run = %llm_train … --start
+
+        Every option of LLMTrainer, of LLM and of transformers.TrainingArguments is an option here: --key text,
+        --learning_rate 2e-4, --lora_r 16, --num_train_epochs 3, … (%llm_train --help names them all).
+        --select, --transform, --eval_selects, --deepspeed and the other options that take an object can be given the
+        name of a variable.
+        """
+        plan = self._plan(known, named(rest))
+        if not known.start:
+            print("Nothing was started. The same line with --start trains in the background.\n")
+            print(plan.table())
+            print("\nThe same in Python:\n")
+            print(plan.python())
+            return None
+        run = self.session.database().apply(plan.llm, wait=False)
+        self.session.watch(run)
+        return run
+
+    def _plan(self, known: Any, given: dict[str, str | None]) -> Any:
+        from .plan import Plan, selection
+
+        names = self.shell.user_ns
+        model, trainer = settings(given, names)
+        if known.model:
+            if "model_name_or_path" in model:
+                raise ConfigError([Fault("--model", "and --model_name_or_path are the same", "give one of them")])
+            model["model_name_or_path"] = known.model
+        if known.collection:
+            if "select" in trainer:
+                raise ConfigError([Fault("--collection", "and --select both say which documents", "give one of them")])
+            trainer["select"] = selection(known.collection, known.filter, known.limit)
+        elif known.filter or known.limit:
+            raise ConfigError([Fault("--filter", "and --limit narrow a --collection", "give --collection, too")])
+        llm = None
+        if known.llm:
+            from ..llm import LLM
+
+            llm = names.get(known.llm)
+            if not isinstance(llm, LLM):
+                have = [name for name, value in names.items() if isinstance(value, LLM)]
+                raise NotFound("LLM variable", known.llm, have, None if have else "llm = LLM('name', 'path')")
+        return Plan(model, trainer, llm=llm, names=names)
+
+    @magic_arguments()
+    @argument("--limit", type=int, default=20, help="how many, newest first (20)")
+    @argument("--state", help="only runs in this state")
+    @_HELP
+    @line_magic
+    @bordered
+    def llm_runs(self, known: Any, _rest: list[str], _cell: str | None) -> Table:
+        """Lists the runs of the database, newest first."""
+        store = self.session.database().store
+        store.runs.find_lost()
+        equal = {"state": known.state} if known.state else {}
+        rows = []
+        for record in store.runs.list(limit=known.limit, **equal):
+            error = (record.get("error") or {}).get("what") or ""
+            rows.append(
+                (
+                    record["_id"],
+                    record.get("model"),
+                    record.get("version"),
+                    record["state"],
+                    local_time(record.get("started") or record.get("created")),
+                    _took(record),
+                    short(error, 80),
+                )
+            )
+        return Table(
+            ("run", "model", "version", "state", "started", "took", "error" if any(r[-1] for r in rows) else ""),
+            rows,
+            empty="No run" + (f" is {known.state}." if known.state else " yet: %llm_train --help"),
+            note="%llm_watch RUN shows its curve" if rows else "",
+        )
+
+    @magic_arguments()
+    @argument("run", nargs="?", default="latest", help="the run's id; nothing: the newest")
+    @_HELP
+    @line_magic
+    @bordered
+    def llm_watch(self, known: Any, _rest: list[str], _cell: str | None) -> Any:
+        """Shows a run's curve, live while it goes on. Returns the run."""
+        run = self.session.database().run(known.run)
+        self.session.watch(run)
+        return run
+
+    @magic_arguments()
+    @argument("run", help="the run's id, or latest")
+    @_HELP
+    @line_magic
+    @bordered
+    def llm_stop(self, known: Any, _rest: list[str], _cell: str | None) -> None:
+        """Asks a run to save a checkpoint and end."""
+        run = self.session.database().run(known.run)
+        run.stop()
+        print(f"Stopping {run.id}: it saves a checkpoint, then it ends.")
+
+    @magic_arguments()
+    @argument("experiment", nargs="?", help="a run's id; nothing: all that have checkpoints")
+    @_HELP
+    @line_magic
+    @bordered
+    def llm_checkpoints(self, known: Any, _rest: list[str], _cell: str | None) -> Table:
+        """Lists checkpoints, newest experiment first."""
+        from .. import series
+
+        database = self.session.database()
+        experiments = database.show("checkpoint")[::-1]
+        if known.experiment and known.experiment not in experiments:
+            raise NotFound("experiment", known.experiment, experiments[::-1])
+        rows = []
+        for experiment in [known.experiment] if known.experiment else experiments:
+            for saved in reversed(database.checkpoints(experiment)):
+                loss = saved.metrics.get("eval_loss")
+                rows.append(
+                    (
+                        experiment,
+                        saved.step,
+                        "" if loss is None else series.figure(loss),
+                        series.size(saved.size),
+                        "best" if saved.best else "",
+                        saved.kind,
+                        saved.base,
+                        local_time(saved.created),
+                    )
+                )
+        return Table(
+            ("experiment", "step", "eval loss", "size", "", "kind", "base", "saved"),
+            rows,
+            empty="There are no checkpoints yet.",
+            note="%%llm_chat --checkpoint EXPERIMENT/STEP asks one" if rows else "",
+        )
+
+    # -- chat ------------------------------------------------------------------------------------------------
+
+    @magic_arguments()
+    @argument("--checkpoint", help="EXPERIMENT or EXPERIMENT/STEP; nothing: what the newest run's model answers with")
+    @argument("--compare", choices=("base",), help="base: the base model answers, too")
+    @argument("--form", choices=("text", "chat"), help="text or chat; nothing: as the model was trained")
+    @argument("--close", action="store_true", help="end the chat processes and give their memory back")
+    @_HELP
+    @no_var_expand
+    @line_cell_magic
+    @_open
+    @bordered
+    def llm_chat(self, known: Any, rest: list[str], cell: str | None) -> None:
+        """Asks a checkpoint; the cell's text is the prompt.
+
+        The answer comes from a process of its own, which stays warm for the next question. Any option of generate can
+        be given: --max_new_tokens 100, --do_sample, --temperature 0.7, …
+        """
+        if known.close:
+            self.session.close_chats()
+            return
+        if cell is None or not cell.strip():
+            raise ConfigError(
+                [Fault("%%llm_chat", "has no prompt", "write %%llm_chat alone in the first line, the prompt below")]
+            )
+        from .. import options
+        from .chat import Answers, speakers
+
+        every = frozenset({"bool", "int", "float", "str", "list", "dict", "None"})
+        sampling = {
+            name: True if text is None else options.parse("", text, every) for name, text in named(rest).items()
+        }
+        columns = speakers(self.session.database(), known.checkpoint, known.compare, known.form)
+        Answers(cell.strip(), columns, sampling).stream(self.session.chats(), columns, sampling)
+
+    # -- help ------------------------------------------------------------------------------------------------
+
+    @magic_arguments()
+    @_HELP
+    @line_magic
+    @bordered
+    def llm_help(self, known: Any, _rest: list[str], _cell: str | None) -> Table:
+        """Lists these magics."""
+        rows = []
+        for name in NAMES:
+            function = getattr(self, name)
+            usage = " ".join(function.parser.format_usage().replace("::", "").replace("[--help]", "").split())
+            usage = "options" if name == "llm_train" else usage.removeprefix(f"%{name}").strip()
+            sign = "%%" if name == "llm_chat" else "%"
+            if name == "llm_train":
+                usage = "--model M --collection C [--OPTION VALUE …] [--start]"
+            rows.append((sign + name, usage, _first_sentence(magic_words(function))))
+        return Table(
+            ("magic", "arguments", ""), rows, note="Each takes --help. Tab completes options, runs and checkpoints."
+        )
+
+    def more_help(self, name: str) -> None:
+        """What ``--help`` says beyond the parser's own."""
+        if name != "llm_train":
+            return
+        import textwrap
+
+        print("\nEvery other option, as --NAME VALUE:")
+        print(textwrap.fill("  ".join(known_settings()), 110, initial_indent="  ", subsequent_indent="  "))
+
+
+def magic_words(function: Any) -> str:
+    """A magic's own docstring, without the usage that IPython puts before it."""
+    return str(function.parser.description or "")
+
+
+def _first_sentence(text: str) -> str:
+    return " ".join(text.split()).split(". ")[0].rstrip(".") + "."
+
+
+def _took(record: dict[str, Any]) -> str:
+    from .. import series
+
+    start, end = record.get("started"), record.get("ended")
+    if not start or not end:
+        return ""
+    seconds = (end - start).total_seconds()
+    return f"{seconds:.0f} s" if seconds < 100 else series.about(seconds).removeprefix("about ")
+
+
+def _look_into(store: Any, select: Any, rows: int) -> Table:
+    """Columns with their types, an example of each, and how the documents are divided."""
+    total = store.estimate(select)
+    found = list(store.rows(select, limit=max(rows, 50)))
+    columns: dict[str, list[Any]] = {}
+    for document in found:
+        for name, value in document.items():
+            columns.setdefault(name, []).append(value)
+    listed = [
+        (
+            name,
+            " or ".join(sorted({type(v).__name__ for v in values})),
+            "" if len(values) == len(found) else f"in {len(values)} of {len(found)}",
+            *(short(document.get(name, ""), 48) for document in found[:rows]),
+        )
+        for name, values in columns.items()
+    ]
+    folds = {fold: store.execute(_counted(select, fold)) for fold in ("train", "valid")}
+    said = ", ".join(f"{count} {fold}" for fold, count in folds.items() if count)
+    heads = ("column", "type", "", *(f"document {i + 1}" for i in range(min(rows, len(found)))))
+    caption = f"{select.collection}: {total} documents" + (f" ({said})" if said else "")
+    return Table(heads, listed, caption=caption, empty="No document matches.")
+
+
+def _counted(select: Any, fold: str) -> Any:
+    narrowed = {"$and": [dict(select.filter), {"_fold": fold}]} if select.filter else {"_fold": fold}
+    return Collection(select.collection).count_documents(narrowed)

@@ -1,0 +1,182 @@
+"""What ``%llm_train`` was asked for, before anything starts: the model, its settings, the Python line.
+
+A plan is checked as a whole (``freeze``) and shown in words. It knows options and models, no engine and no display.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from .. import options
+from ..config import ModelSpec, TrainConfig, unit_of
+from ..errors import ConfigError, Fault
+from ..query import Collection, Select
+from .tables import Table, short
+
+__all__ = ["Plan", "select_code"]
+
+# Settings that a person wants to see even when they gave none of them.
+_ALWAYS = (
+    "use_lora",
+    "lora_r",
+    "max_seq_length",
+    "num_train_epochs",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "eval_strategy",
+    "save_strategy",
+)
+_UNITS = {
+    "learning_rate": "per step",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "save_steps": "steps",
+    "eval_steps": "steps",
+    "logging_steps": "steps",
+    "warmup_steps": "steps",
+    "per_device_train_batch_size": "rows",
+    "per_device_eval_batch_size": "rows",
+    "gradient_accumulation_steps": "batches per step",
+}
+
+
+class Plan:
+    """One training, described.
+
+    Args:
+        model: keyword arguments of ``LLM``.
+        trainer: keyword arguments of ``LLMTrainer``.
+        llm: an ``LLM`` the person already has; then ``model`` must be empty, and ``trainer`` changes its trainer.
+        names: variable name → object, for what was given by name; the Python line then says the name.
+    """
+
+    def __init__(
+        self, model: Mapping[str, Any], trainer: Mapping[str, Any], *, llm: Any = None, names: Mapping[str, Any]
+    ) -> None:
+        from ..llm import LLM
+        from ..trainer import LLMTrainer
+
+        self._names = {id(value): name for name, value in names.items() if not name.startswith("_")}
+        self.given = {**model, **trainer}
+        if llm is not None:
+            if model:
+                todo = "leave --llm out, or change the LLM itself"
+                raise ConfigError([Fault(f"--{name}", "cannot be given together with --llm", todo) for name in model])
+            base = llm.trainer if llm.trainer is not None else LLMTrainer(f"{llm.identifier}-trainer")
+            llm.trainer = base.copy(**trainer) if trainer else base
+            self.llm = llm
+        else:
+            if not model.get("model_name_or_path"):
+                raise ConfigError(
+                    [Fault("--model", "is needed", "a hub id or a folder; or --llm NAME of an LLM you have")]
+                )
+            identifier = str(model.get("identifier") or _name_of(str(model["model_name_or_path"])))
+            self._model = {"identifier": identifier, **model}
+            self.llm = LLM(**self._model, trainer=LLMTrainer(f"{identifier}-trainer", **trainer))
+        self.by_llm = llm is not None
+        self.parcel = self.llm.trainer.freeze(self.llm.spec())
+        if self.parcel.config.select is None:
+            raise ConfigError([Fault("--collection", "is needed: which documents to train on", "%llm_data lists them")])
+
+    # -- in words --------------------------------------------------------------------------------------------
+
+    def table(self) -> Table:
+        """The settings that were given, and those a person wants to know, with their consequence."""
+        spec, config = self.llm.spec(), self.parcel.config
+        rows: list[Sequence[Any]] = [("model", spec.model_name_or_path, "", "", _help("model_name_or_path"))]
+        rows.append(("documents", short(select_code(config.select), 70), "", "", "which documents to train on"))
+        shown = [n for n in self.given if n not in ("model_name_or_path", "select")]
+        shown += [n for n in _ALWAYS if n not in shown and not (n == "lora_r" and not config.use_lora)]
+        for name in shown:
+            source = spec if name in {f.name for f in fields(ModelSpec)} - {"bits"} else self.llm.trainer
+            value = self._names.get(id(self.given[name])) if callable(self.given.get(name)) else None
+            rows.append(
+                (
+                    name,
+                    short(value or getattr(source, name), 40),
+                    _unit(name),
+                    "given" if name in self.given else "",
+                    _help(name),
+                )
+            )
+        return Table(("setting", "value", "unit", "", "what it does"), rows)
+
+    def python(self) -> str:
+        """The Python lines that do the same."""
+        if self.by_llm:
+            name = self._names.get(id(self.llm), "llm")
+            lines = [f"{name}.trainer.{key} = {self._code(value)}" for key, value in self.given.items()]
+            return "\n".join([*lines, f"run = db.apply({name}, wait=False)"])
+        model = dict(self._model)
+        identifier, path = model.pop("identifier"), model.pop("model_name_or_path")
+        trainer = {k: v for k, v in self.given.items() if k not in self._model}
+        settings = ", ".join(f"{key}={self._code(value)}" for key, value in trainer.items())
+        more = "".join(f", {key}={self._code(value)}" for key, value in model.items())
+        return "\n".join(
+            [
+                "from llmnb import Collection, LLM, LLMTrainer",
+                f"trainer = LLMTrainer({identifier + '-trainer'!r}, {settings})",
+                f"llm = LLM({identifier!r}, {path!r}{more}, trainer=trainer)",
+                "run = db.apply(llm, wait=False)",
+            ]
+        )
+
+    def _code(self, value: Any) -> str:
+        if isinstance(value, Select):
+            return self._names.get(id(value)) or select_code(value)
+        if callable(value) or not isinstance(value, (str, int, float, bool, type(None), dict, list, tuple)):
+            return self._names.get(id(value), repr(value))
+        return repr(value)
+
+
+def _name_of(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2] or "llm"
+
+
+def _unit(name: str) -> str:
+    if name in TrainConfig.__dataclass_fields__:
+        return unit_of(TrainConfig, name)
+    return _UNITS.get(name, "")
+
+
+def _help(name: str) -> str:
+    for cls in (TrainConfig, ModelSpec):
+        if name in cls.__dataclass_fields__:
+            return str(cls.__dataclass_fields__[name].metadata.get("help", ""))
+    option = options.training_arguments().get(name)
+    return short(option.help.split(". ")[0].rstrip("."), 80) if option else ""
+
+
+def select_code(select: Select | None) -> str:
+    """A selection as the Python that makes it."""
+    if select is None:
+        return "None"
+    name = f"Collection({select.collection!r})"
+    if select.pipeline is not None:
+        return f"{name}.aggregate({list(select.pipeline)!r})"
+    filter_, projection = (dict(select.filter) if select.filter else None), select.projection
+    words = [repr(filter_)] if filter_ or projection is not None else []
+    words += [repr(projection)] if projection is not None else []
+    code = f"{name}.find({', '.join(words)})"
+    for pair in select.sort_by:
+        code += f".sort({pair[0]!r}, {pair[1]})"
+    if select.skip_first:
+        code += f".skip({select.skip_first})"
+    return code + (f".limit({select.limit_to})" if select.limit_to else "")
+
+
+def selection(collection: str, filter_text: str | None, limit: int | None) -> Select:
+    """``--collection``, ``--filter`` and ``--limit`` as a query.
+
+    Raises:
+        ConfigError: the filter is not a dict.
+        QueryError: the collection's name cannot be one.
+    """
+    found = options.parse("filter", filter_text, frozenset({"dict"})) if filter_text else {}
+    if not isinstance(found, dict):
+        raise ConfigError([Fault("--filter", f"is not a MongoDB filter: {filter_text}", """like '{"lang": "en"}'""")])
+    select = Collection(collection).find(found)
+    return select.limit(limit) if limit else select

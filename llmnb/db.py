@@ -15,7 +15,6 @@ from .checkpoint import Checkpoint
 from .config import ModelSpec, TrainConfig
 from .errors import ConfigError, DataError, Fault, LlmnbError, NotFound, near
 from .events import Event
-from .job import TrainJob
 from .launch.machine import gpus_visible
 from .launch.run import Run
 from .launch.start import launch
@@ -111,33 +110,24 @@ class Datalayer:
         parcel = settle(model.trainer, spec)
         self._check_data(parcel.config)
         version = self._add_version(model, parcel.config)
-        job = self._job(spec, version, parcel)
         run = launch(
-            job, self.store, wait=wait, background=_in_background(parcel, wait), on_event=on_event, progress=progress
+            self.store,
+            spec=spec,
+            version=version,
+            config=parcel.config,
+            parcel_objects={
+                "transform": parcel.transform,
+                "trainer_kwargs": parcel.trainer_kwargs,
+                "ray_configs": parcel.ray_configs,
+                "ray_address": parcel.ray_address,
+            },
+            wait=wait,
+            background=_in_background(parcel, wait),
+            on_event=on_event,
+            progress=progress,
         )
         model._follow(self, run.id)
         return run
-
-    def _job(self, spec: ModelSpec, version: int, parcel: Parcel) -> TrainJob:
-        """The run's record, and the parcel for its worker."""
-        config = parcel.config
-        record = self.store.runs.create(
-            spec.identifier, model=spec.identifier, version=version, config=config.to_json(), spec=spec.to_json()
-        )
-        return TrainJob(
-            run=record["_id"],
-            model=spec,
-            version=version,
-            config=config,
-            uri=None if self.store.in_process else self.store.uri,
-            database=self.store.name,
-            workdir=str(Path(config.output_dir).absolute() / record["_id"]),
-            transform=parcel.transform,
-            trainer_kwargs=parcel.trainer_kwargs,
-            ray_configs=parcel.ray_configs,
-            ray_address=parcel.ray_address,
-            workers=config.num_gpus or 1,
-        )
 
     def _add_version(self, model: Model, config: TrainConfig | None) -> int:
         version = self.store.models.add(model.spec(), config)

@@ -7,6 +7,7 @@ imported inside functions, so that ``translate_kwargs`` costs nothing.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..errors import MissingPackage, ModelError, near
 from .fingerprints import fingerprint
 
 __all__ = [
+    "HUB",
     "context_of",
     "dtype_of",
     "ensure_pad",
@@ -31,7 +33,7 @@ __all__ = [
 ]
 
 BITS = (None, 4, 8)
-_HUB = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+HUB = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 
 
 # --- spelling -----------------------------------------------------------------------------------------------
@@ -80,7 +82,7 @@ def _set(kwargs: dict[str, Any], name: str, value: Any, said_as: str) -> None:
 
 def where(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The part of ``from_pretrained``'s keyword arguments that says where files are."""
-    return {name: kwargs[name] for name in _HUB if name in kwargs}
+    return {name: kwargs[name] for name in HUB if name in kwargs}
 
 
 def quantised_bits(model: Any) -> int | None:
@@ -150,13 +152,13 @@ def load_tokenizer(spec: ModelSpec, folder: str | Path | None = None) -> Any:
 
     kwargs = thaw(dict(spec.tokenizer_kwargs))
     model_kwargs = translate_kwargs(spec.model_kwargs)
-    for name in (*_HUB, "trust_remote_code"):
+    for name in (*HUB, "trust_remote_code"):
         if name in model_kwargs:
             kwargs.setdefault(name, model_kwargs[name])
     name = _name(spec)
     if folder is not None and (Path(folder) / "tokenizer_config.json").is_file():
         name = str(folder)
-        kwargs = {k: v for k, v in kwargs.items() if k not in _HUB}
+        kwargs = {k: v for k, v in kwargs.items() if k not in HUB}
     else:
         _check_path(spec.model_name_or_path)
     try:
@@ -174,7 +176,7 @@ def context_of(spec: ModelSpec) -> int | None:
     from transformers import AutoConfig
 
     kwargs = translate_kwargs(spec.model_kwargs)
-    kwargs = {k: v for k, v in kwargs.items() if k in (*_HUB, "trust_remote_code")}
+    kwargs = {k: v for k, v in kwargs.items() if k in (*HUB, "trust_remote_code")}
     _check_path(spec.model_name_or_path)
     try:
         config = AutoConfig.from_pretrained(_name(spec), **kwargs)
@@ -265,6 +267,7 @@ def _quantization_config(values: dict[str, Any], kwargs: Mapping[str, Any]) -> A
         return AutoQuantizationConfig.from_dict(values)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackage("bitsandbytes", "quant", "Loading a model in 4 or 8 bits")
+    _quieten_bitsandbytes()
     values = {k: v for k, v in values.items() if k not in ("quant_method", "_load_in_4bit", "_load_in_8bit")}
     if values.get("load_in_4bit"):
         values.setdefault("bnb_4bit_quant_type", "nf4")
@@ -273,6 +276,26 @@ def _quantization_config(values: dict[str, Any], kwargs: Mapping[str, Any]) -> A
             fast = torch.bfloat16 if torch.cuda.is_available() else torch.float32
             values["bnb_4bit_compute_dtype"] = dtype if isinstance(dtype, torch.dtype) else fast
     return BitsAndBytesConfig(**values)
+
+
+class _Once(logging.Filter):
+    """Lets each message pass once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        new = str(record.msg) not in self.said
+        self.said.add(str(record.msg))
+        return new
+
+
+def _quieten_bitsandbytes() -> None:
+    """Its 8-bit product says the same at every call."""
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    if not any(isinstance(f, _Once) for f in logger.filters):
+        logger.addFilter(_Once())
 
 
 # --- errors -------------------------------------------------------------------------------------------------

@@ -92,6 +92,8 @@ class _Run:
         transform: Callable[..., Any] | None,
         trainer_kwargs: Mapping[str, Any] | None,
     ) -> TrainResult:
+        from transformers import set_seed
+
         self._check(data, adapter, resume)
         options = trainer_options(trainer_kwargs)
         self.main = _rank() == 0
@@ -105,6 +107,7 @@ class _Run:
             if manifest.kind_of(adapter) != "adapter":
                 self.spec, adapter = replace(self.spec, model_name_or_path=str(adapter)), None
         rows = self._rows(data, plan, transform)
+        set_seed(plan.arguments.seed)  # new weights are drawn before Trainer sets its own
         new_tokens = self._load(plan)
         fingerprint = bases.fingerprint(self.spec.model_name_or_path, **bases.where(self.spec.model_kwargs))
         self._prepare(plan, adapter, fingerprint, new_tokens)
@@ -366,7 +369,7 @@ def _explained(error: BaseException, config: TrainConfig) -> BaseException:
     import torch
 
     text = str(error).lower()
-    full = isinstance(error, torch.OutOfMemoryError) or isinstance(error, MemoryError)
+    full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     if not full and not (isinstance(error, RuntimeError) and "can't allocate memory" in text):
         return error
     ideas = [

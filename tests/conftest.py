@@ -30,3 +30,29 @@ def tiny_llama(tmp_path_factory):
     from tiny import make_model
 
     return str(make_model("llama", tmp_path_factory.mktemp("tiny") / "llama"))
+
+
+@pytest.fixture(scope="session")
+def mongod(tmp_path_factory):
+    """A real mongod of this test session: ``llmnb.store.embedded.Server``."""
+    from llmnb.store import embedded
+
+    home = tmp_path_factory.mktemp("mongod")
+    server = embedded.start(home)
+    yield server
+    embedded.stop(home)
+
+
+@pytest.fixture
+def mongo_uri(mongod):
+    """The URI, password included, of a fresh database on the session's mongod; dropped afterwards."""
+    import uuid
+
+    import pymongo
+
+    name = f"t{uuid.uuid4().hex[:12]}"
+    scheme, _, rest = mongod.uri.partition("://")
+    host, _, tail = rest.partition("/")
+    yield f"{scheme}://{host}/{name}?{tail.partition('?')[2]}"
+    with pymongo.MongoClient(mongod.uri) as client:
+        client.drop_database(name)

@@ -108,7 +108,7 @@ def start(home: Path | str) -> Server:
         return server
     with _starter_lock(folder):
         # Another process may have started it while this one waited.
-        server = _attach(folder) if _data_in_use(folder) else None
+        server = _attach(folder, 30.0) if _data_in_use(folder) else None
         return server if server is not None else _start(folder)
 
 
@@ -133,7 +133,7 @@ def stop(home: Path | str, timeout: float = 60.0) -> bool:
     with _starter_lock(folder):
         if not _data_in_use(folder):
             return False
-        server = _attach(folder)
+        server = _attach(folder, 10.0)
         _end(folder, server, timeout)
     return True
 
@@ -150,8 +150,13 @@ def _client(uri: str, timeout_ms: int = 10_000) -> Any:
     return pymongo.MongoClient(uri, serverSelectionTimeoutMS=timeout_ms, connectTimeoutMS=timeout_ms, appname="llmnb")
 
 
-def _attach(folder: _Folder) -> Server | None:
-    """The running server, when it answers to our password and takes writes."""
+def _attach(folder: _Folder, patience_s: float = 3.0) -> Server | None:
+    """The running server, when it answers to our password and takes writes.
+
+    Args:
+        folder: of the server.
+        patience_s: how long to wait for the answer in all.
+    """
     try:
         facts = json.loads(folder.facts.read_text(encoding="utf-8"))
         port, pid = int(facts["port"]), int(facts["pid"])
@@ -160,7 +165,7 @@ def _attach(folder: _Folder) -> Server | None:
         return None
     if not _alive(pid) or not _listens(port):
         return None
-    with _client(uri) as client, contextlib.suppress(driver.PyMongoError):
+    with _client(uri) as client, contextlib.suppress(driver.PyMongoError), pymongo.timeout(patience_s):
         # SCRAM proves both ways: a stranger on this port knows no password of ours, so it cannot answer.
         client.admin.command("ping")
         if client.admin.command("hello").get("isWritablePrimary"):

@@ -135,7 +135,7 @@ class Models:
         self._table.delete({"identifier": identifier, "version": {"$in": wanted}})
 
     def pointing_at(self, checkpoint: str) -> list[str]:
-        """Model versions ("identifier/version") that need a checkpoint: as weights, or as the adapter they start from."""
+        """Model versions ("identifier/version") that need a checkpoint: as weights, or as their adapter."""
         return [
             f"{record['identifier']}/{record['version']}"
             for record in self._table.find({}, {"identifier": 1, "version": 1, "checkpoint": 1, "spec": 1})

@@ -244,8 +244,7 @@ class Reader:
         return sample
 
     def _of_dict(self, result: Mapping[str, Any]) -> Sample | str:
-        wanted = [self.kind] if self.kind else ["messages", "pair", "text"]
-        for kind in wanted:
+        for kind in sorted(("messages", "pair", "text"), key=lambda kind: kind != self.kind):
             if kind == "pair":
                 for pair in PAIRS:
                     if set(pair) <= set(result):

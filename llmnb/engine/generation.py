@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ModelSpec, thaw
-from ..errors import ConfigError, DataError, Fault, near
+from ..errors import ConfigError, DataError, Fault
 from . import adapters, bases, manifest
 from .memory import forget, give_back
+from .sampling import split_options
 
 __all__ = ["Answerer"]
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
 _NEW_TOKENS = 256  # when the person says nothing
-_OURS = {"prompt_template", "batch_size", "seed"}
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _KEPT = 4  # adapters in memory at once
 
 
@@ -296,25 +295,7 @@ class Answerer:
         """Our settings and generate's, checked."""
         if self._model is None:
             raise ConfigError([Fault("Answerer", "was closed", "make a new one")])
-        given = {**thaw(dict(self._spec.predict_kwargs)), **kwargs}
-        known = _known() | _OURS
-        faults = []
-        for name in given:
-            if name not in known:
-                close = near(name, known)
-                faults.append(Fault(name, "is not an option of generate", f"did you mean {close[0]}?" if close else ""))
-        if faults:
-            raise ConfigError(faults)
-        ours = {name: given.pop(name) for name in _OURS & given.keys()}
-        if given.get("temperature") == 0:
-            given.pop("temperature")
-            given.setdefault("do_sample", False)
-        asked = any(given.get(name) is not None for name in _SAMPLING)
-        given.setdefault("do_sample", asked)
-        if not given["do_sample"]:
-            # The base's own generation_config may sample; greedy is greedy.
-            given.update({name: None for name in _SAMPLING})
-        return ours, given
+        return split_options({**thaw(dict(self._spec.predict_kwargs)), **kwargs})
 
     def _ids(self, prompt: Prompt, ours: Mapping[str, Any]) -> list[int]:
         from .templates import chat_ids, prompt_ids
@@ -363,15 +344,6 @@ class Answerer:
 def _template(spec: ModelSpec, recorded: str | None) -> str:
     """The person's prompt template when they gave one, else the one that the weights were trained with."""
     return spec.prompt_template if spec.prompt_template != "{input}" else recorded or spec.prompt_template
-
-
-def _known() -> set[str]:
-    import inspect
-
-    from transformers import GenerationConfig, GenerationMixin
-
-    hidden = {"self", "kwargs", "inputs", "streamer", "input_ids", "attention_mask", "tokenizer"}
-    return (set(GenerationConfig().to_dict()) | set(inspect.signature(GenerationMixin.generate).parameters)) - hidden
 
 
 def _groups(order: Sequence[int], chats: Sequence[bool], size: int) -> Iterator[list[int]]:

@@ -79,6 +79,9 @@ class Loop(Trainer):
         kwargs: of ``Trainer``.
     """
 
+    compute_loss_func: Any
+    control: Any
+
     def __init__(
         self,
         *,

@@ -47,7 +47,8 @@ def train(
             when its rows are needed, once.
         hooks: whom to tell.
         workdir: checkpoints are written to ``workdir/checkpoints``.
-        adapter: go on from this adapter (or whole model), with a new optimizer.
+        adapter: go on from this adapter (or whole model), with a new optimizer. With ``resume``: what the resumed
+            run went on from; the weights are those of ``resume``.
         resume: a checkpoint folder to go on from exactly: optimizer, schedule, order of the rows, random numbers.
         transform: the person's function.
         trainer_kwargs: further arguments of ``transformers.Trainer`` (compute_metrics, callbacks, …).
@@ -94,7 +95,7 @@ class _Run:
     ) -> TrainResult:
         from transformers import set_seed
 
-        self._check(data, adapter, resume)
+        self._check(data, resume)
         options = trainer_options(trainer_kwargs)
         self.main = _rank() == 0
         if not self.main:
@@ -110,13 +111,15 @@ class _Run:
         set_seed(plan.arguments.seed)  # new weights are drawn before Trainer sets its own
         new_tokens = self._load(plan)
         fingerprint = bases.fingerprint(self.spec.model_name_or_path, **bases.where(self.spec.model_kwargs))
+        if resume is not None:
+            adapters.check_base(Path(resume), self.spec.model_name_or_path, fingerprint)
         self._prepare(plan, adapter, fingerprint, new_tokens)
         self._build(plan, rows, options, fingerprint, resume)
         return self._run(plan, resume)
 
     # --- before -------------------------------------------------------------------------------------------
 
-    def _check(self, data: Mapping[str, Source], adapter: Path | None, resume: Path | None) -> None:
+    def _check(self, data: Mapping[str, Source], resume: Path | None) -> None:
         if "train" not in data:
             raise ConfigError([Fault("data", "has no 'train' rows")])
         if self.spec.task != "causal-lm":
@@ -127,8 +130,6 @@ class _Run:
             )
         if self.config.bits is not None and self.spec.bits not in (None, self.config.bits):
             raise ConfigError([Fault("bits", f"the model says {self.spec.bits}, the trainer {self.config.bits}")])
-        if adapter is not None and resume is not None:
-            raise ConfigError([Fault("resume", "a resumed run has its weights already", "leave adapter out")])
         if resume is not None and not (Path(resume) / "trainer_state.json").is_file():
             raise ModelError(
                 f"{resume} cannot be resumed from.",

@@ -69,7 +69,7 @@ class Matcher:
             if values is not None:
                 return values
         if not before:
-            return [*self._positional(magic), *(self._options(magic) if not fragment else ())]
+            return self._positional(magic) or (self._options(magic) if not fragment else ())
         return self._options(magic) if not fragment else ()
 
     def _options(self, magic: str) -> list[str]:

@@ -140,7 +140,7 @@ class LiveView:
             "alert": self._trouble or words.alert,
             "points": words.points,
             "total": self._curve.total,
-            "checkpoints": words.checkpoints[:6],
+            "checkpoints": words.checkpoints[:4],
             "marks": [(c.step, c.best) for c in self._curve.checkpoints],
         }
 

@@ -20,7 +20,7 @@ from .tables import local_time
 
 __all__ = ["bundle", "page", "svg", "text", "title_of"]
 
-WIDTH, HEIGHT = 760, 260
+WIDTH, HEIGHT = 1000, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 28
 _ACCENT, _GREY, _FAINT = "#2196f3", "#888888", "#88888844"
 _BARS = "▁▂▃▄▅▆▇█"
@@ -84,7 +84,7 @@ def page(curve: Curve, title: str, words: Status) -> str:
     if words.facts:
         parts.append(f"<div>{' &nbsp; '.join(esc(f'{a} {b}'.strip()) for a, b in words.facts)}</div>")
     if words.checkpoints:
-        listed = " &nbsp; ".join(esc(c) for c in words.checkpoints[:6])
+        listed = " &nbsp; ".join(f'<span style="white-space:nowrap">{esc(c)}</span>' for c in words.checkpoints[:4])
         parts.append(f'<div style="opacity:.75">checkpoints &nbsp; {listed}</div>')
     return "".join([*parts, "</div>"])
 
@@ -117,14 +117,14 @@ def svg(curve: Curve) -> str:
         f'font-family="system-ui, sans-serif" font-size="11" fill="none">'
     ]
     floor = HEIGHT - BOTTOM
-    for mark in marks(low, high, 5):
+    for mark in marks(low, high, 6):
         parts.append(f'<path d="M{LEFT} {y(mark):.1f}H{WIDTH - RIGHT}" stroke="{_FAINT}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y(mark) + 4:.1f}" text-anchor="end" fill="{_GREY}">{mark:g}</text>')
-    for mark in marks(0, high_x, 8):
+    for mark in marks(0, high_x, 10):
         if mark == int(mark):
             at = f'x="{x(mark):.1f}" y="{floor + 19}" text-anchor="middle"'
             parts.append(f'<text {at} fill="{_GREY}">{number(mark)}</text>')
-    parts.append(_path(x(drawn.steps), y(drawn.loss), f'stroke="{_ACCENT}" stroke-opacity=".4"'))
+    parts.append(_path(x(drawn.steps), y(drawn.loss), f'stroke="{_ACCENT}" stroke-opacity=".5"'))
     parts.append(_path(x(drawn.steps), y(drawn.smooth), f'stroke="{_ACCENT}" stroke-width="2"'))
     evaluated = drawn.evaluated
     parts.append(_path(x(evaluated.steps), y(evaluated.values), f'stroke="{_GREY}"'))

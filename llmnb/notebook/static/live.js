@@ -3,7 +3,7 @@
 // uPlot stands in front of this text (see live.py).
 
 const HEIGHT = 240;
-const ROOM = { x: 34, top: 8 };
+const ROOM = { x: 28, top: 8 };
 
 function curveOf(message, buffers) {
   const column = (i) => {
@@ -67,7 +67,7 @@ function say(node, text) {
 }
 
 const KEYS = {
-  loss: ['<path d="M0 5H18" stroke="var(--llmnb-accent)" stroke-opacity=".4"/>', "loss"],
+  loss: ['<path d="M0 5H18" stroke="var(--llmnb-accent)" stroke-opacity=".5"/>', "loss"],
   smooth: ['<path d="M0 5H18" stroke="var(--llmnb-accent)" stroke-width="2"/>', "smoothed"],
   eval: ['<path d="M0 5H18" stroke="var(--llmnb-text)"/><circle cx="9" cy="5" r="3" fill="var(--llmnb-text)"/>', "eval"],
   saved: ['<circle cx="9" cy="5" r="3.5" fill="none" stroke="var(--llmnb-dim)" stroke-width="1.5"/>', "checkpoint"],
@@ -217,7 +217,7 @@ class View {
       ],
       series: [
         {},
-        { stroke: () => this.ink.accent, alpha: 0.4, width: 1, points: { size: 4, fill: () => this.ink.accent, width: 0 } },
+        { stroke: () => this.ink.accent, alpha: 0.5, width: 1, points: { size: 4, fill: () => this.ink.accent, width: 0 } },
         { stroke: () => this.ink.accent, width: 2, points: { show: false } },
         { stroke: () => this.ink.text, width: 1, spanGaps: false, points: { show: true, size: 6, fill: () => this.ink.text, width: 0 } },
       ],

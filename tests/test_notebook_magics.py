@@ -1,0 +1,382 @@
+"""The magics in a shell of their own: what they say and return, how they fail, and that unloading leaves nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+
+pytest.importorskip("IPython")
+
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from traitlets.config import Config
+
+from llmnb import Collection, connect
+from llmnb.errors import ConfigError, NotFound
+from llmnb.events import CheckpointSaved, Metric, StateChanged
+from llmnb.notebook import load, unload
+from llmnb.notebook.magics import NAMES
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch):
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("LLMNB_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("LLMNB_URI", raising=False)
+    config = Config()
+    config.HistoryManager.enabled = False
+    config.InteractiveShell.colors = "nocolor"
+    found = InteractiveShell(config=config)
+    load(found)
+    yield found
+    unload(found)
+
+
+@pytest.fixture
+def db(request):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        database = connect(f"mongomock://{request.node.name[:40]}")
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def ready(shell, db):
+    """A shell that is connected to a database with documents."""
+    db.execute(Collection("docs").insert_many([{"text": f"{i}+1={i + 1}", "n": i} for i in range(40)]))
+    shell.user_ns["db"] = db
+    run(shell, "x = %llm_connect db")
+    return shell
+
+
+def run(shell, code):
+    """Runs a cell as a person does: (everything it printed, its result)."""
+    with capture_output() as said:
+        result = shell.run_cell(code, store_history=False)
+    shown = "".join(str(o.data.get("text/plain", "")) for o in said.outputs)
+    return said.stdout + said.stderr + shown, result
+
+
+def a_run(db, state="done", losses=(3.0, 2.0), identifier="tickets"):
+    """A run with a short life, as a worker would have left it."""
+    record = db.store.runs.create(identifier, model=identifier, version=1, config={}, counts={"steps": len(losses)})
+    events = [Metric(seq=i, step=i, values={"loss": x}) for i, x in enumerate(losses, start=1)]
+    events.append(CheckpointSaved(seq=len(events) + 1, step=2, digest="d", size=10, best=True))
+    events.append(StateChanged(seq=len(events) + 1, state=state))
+    db.store.events.append(record["_id"], events)
+    path = {"done": ("starting", "running", "done"), "failed": ("starting", "failed"), "queued": ()}[state]
+    for frm, to in zip(("queued", *path), path):
+        assert db.store.runs.transition(record["_id"], frm, to)
+    return record["_id"]
+
+
+# --- loading and unloading ----------------------------------------------------------------------------------
+
+
+def test_loading_is_fast_and_imports_nothing_heavy():
+    code = """
+        import sys, time
+        from IPython.core.interactiveshell import InteractiveShell
+        shell = InteractiveShell.instance()
+        before = time.process_time()
+        shell.run_line_magic("load_ext", "llmnb")
+        spent = time.process_time() - before
+        heavy = {"torch", "transformers", "ray", "pymongo", "plotly", "anywidget", "ipywidgets"} & set(sys.modules)
+        assert not heavy, heavy
+        assert spent < 0.3, spent
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
+
+
+def test_unloading_restores_everything(shell):
+    before = [name for name in shell.magics_manager.magics["line"] if name.startswith("llm_")]
+    assert set(NAMES) == set(before)
+    matchers = len(shell.Completer.custom_matchers)
+    unload(shell)
+    assert not [n for kind in ("line", "cell") for n in shell.magics_manager.magics[kind] if n.startswith("llm_")]
+    assert len(shell.Completer.custom_matchers) == matchers - 1
+    assert shell.custom_exceptions == ()
+    unload(shell)
+    load(shell)
+    load(shell)
+    assert len(shell.Completer.custom_matchers) == matchers
+
+
+def test_a_magic_that_was_there_before_comes_back(shell):
+    unload(shell)
+    shell.register_magic_function(lambda line: "mine", "line", "llm_help")
+    load(shell)
+    assert shell.run_line_magic("llm_help", "") != "mine"
+    unload(shell)
+    assert shell.run_line_magic("llm_help", "") == "mine"
+
+
+def test_the_error_hook_is_chained_and_given_back(shell):
+    unload(shell)
+    seen = []
+    shell.set_custom_exc((ZeroDivisionError,), lambda shell, kind, value, trace, tb_offset=None: seen.append(kind))
+    before = (shell.custom_exceptions, shell.CustomTB)
+    load(shell)
+    run(shell, "1/0")
+    assert seen == [ZeroDivisionError]
+    said, _ = run(shell, "%llm_connect nowhere")
+    assert "use %tb" in said and "neither a URI nor a variable" in said
+    unload(shell)
+    assert (shell.custom_exceptions, shell.CustomTB) == before
+
+
+def test_a_hook_that_somebody_set_later_is_left_alone(shell):
+    shell.set_custom_exc((ZeroDivisionError,), lambda *args, **kwargs: None)
+    theirs = shell.CustomTB
+    unload(shell)
+    assert shell.CustomTB is theirs
+
+
+# --- errors -------------------------------------------------------------------------------------------------
+
+
+def test_an_error_of_a_magic_is_short_and_tb_shows_it_whole(shell):
+    said, result = run(shell, "%llm_train --learnin_rate 1")
+    assert isinstance(result.error_in_exec, ConfigError), "a runner of notebooks must see the failure"
+    lines = [line for line in said.splitlines() if line.strip()]
+    assert len(lines) == 3 and "use %tb" in lines[0] and "ConfigError: 1 setting is wrong" in lines[1]
+    assert "did you mean --learning_rate" in lines[2]
+    whole, _ = run(shell, "%tb")
+    assert "Traceback" in whole and "arguments.py" in whole
+
+
+def test_the_same_error_from_python_keeps_its_traceback(shell):
+    said, _ = run(shell, "from llmnb import LLMTrainer\nLLMTrainer(learnin_rate=1)")
+    assert "Traceback" in said and "trainer.py" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("%llm_runs --limt 3", "did you mean --limit?"),
+        ("%llm_runs --limit many", "--limit"),
+        ("%llm_stop", "required"),
+        ("%llm_train --key 'text", "close the quote"),
+        ("%llm_train --model a --key", "--key VALUE"),
+        ("%llm_train --key a --key b", "given twice"),
+        ("%llm_train --key a stray", "belongs to no option"),
+        ("%llm_train --key a", "--model: is needed"),
+        ("%llm_train --model a --key text", "--collection: is needed"),
+        ("%llm_train --model a --filter '{}'", "give --collection, too"),
+        ("%llm_train --model a --collection c --filter '[1'", "is not a MongoDB filter"),
+        ("%llm_train --model a --collection c --select s", "both say which documents"),
+        ("%llm_train --llm nothing", "no LLM variable"),
+        ("%llm_train --model a --collection c --bits 6", "use 4, 8 or None"),
+        ("%llm_train --model a --collection c --learning_rate fast --eval_strategy never", "2 settings are wrong"),
+        ("%llm_connect no-uri", "neither a URI nor a variable"),
+        ("%%llm_chat\n  ", "has no prompt"),
+        ("%llm_chat", "has no prompt"),
+    ],
+)
+def test_what_cannot_be_is_said_with_what_to_do(shell, line, words):
+    said, result = run(shell, line)
+    assert isinstance(result.error_in_exec, (ConfigError, NotFound)), said
+    assert words in said
+
+
+# --- help and completion ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_magic_has_help(shell, name):
+    said, result = run(shell, f"%{name} --help")
+    assert result.error_in_exec is None and name in said and "--help" in said
+    assert name in str(run(shell, "%llm_help")[0])
+    assert "::" in getattr(shell.magics_manager.magics["line"][name], "__doc__", ""), "%name? shows usage, too"
+
+
+def test_help_of_train_names_every_option(shell):
+    from llmnb import LLMTrainer
+
+    said, _ = run(shell, "%llm_train --help")
+    assert set(LLMTrainer.names()) <= set(said.split())
+
+
+def complete(shell, line):
+    return shell.Completer.complete(line_buffer=line, cursor_pos=len(line))[1]
+
+
+def test_completion_of_options_choices_and_names(ready, db):
+    unload(ready)
+    load(ready)
+    run(ready, "x = %llm_connect db")
+    first = a_run(db)
+    assert complete(ready, "%llm_train --learn") == ["--learning_rate"]
+    assert set(complete(ready, "run = %llm_train --model x --eval_strategy ")) == {"no", "steps", "epoch"}
+    assert complete(ready, "%llm_train --collection d") == ["docs"]
+    assert complete(ready, "%llm_data ")[0] == "docs"
+    assert first in complete(ready, "%llm_watch ")
+    assert complete(ready, "%%llm_chat --comp") == ["--compare"]
+    assert complete(ready, "%llm_train --compl") == []
+
+
+def test_completion_opens_no_database(shell, tmp_path):
+    assert complete(shell, "%llm_watch --") == ["--help"]
+    complete(shell, "%llm_data ")
+    assert not (tmp_path / "home").exists()
+
+
+# --- connecting and looking ---------------------------------------------------------------------------------
+
+
+def test_connect_takes_a_variable_and_returns_the_database(shell, db):
+    shell.user_ns["db"] = db
+    _, result = run(shell, "y = %llm_connect db")
+    assert shell.user_ns["y"] is db and result.success
+
+
+def test_connect_takes_a_uri(shell):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, result = run(shell, "y = %llm_connect mongomock://by_uri")
+    assert result.success and shell.user_ns["y"].store.name == "by_uri"
+
+
+def test_data_lists_collections_and_looks_into_one(ready):
+    said, result = run(ready, "t = %llm_data")
+    assert ("docs", "40") in list(ready.user_ns["t"])
+    said, _ = run(ready, 't = %llm_data docs --filter \'{"n": {"$lt": 10}}\' --rows 2')
+    table = ready.user_ns["t"]
+    assert "docs: 10 documents" in table.caption and "train" in table.caption
+    columns = {row[0]: row for row in table}
+    assert columns["text"][1] == "str" and columns["text"][3] == "0+1=1" and columns["n"][1] == "int"
+    said, result = run(ready, "%llm_data dosc")
+    assert isinstance(result.error_in_exec, NotFound) and "'docs'" in said
+
+
+def test_text_of_documents_is_escaped(ready, db):
+    db.execute(Collection("evil").insert_many([{"text": "<script>alert(1)</script>"}]))
+    run(ready, "t = %llm_data evil")
+    page = ready.user_ns["t"]._repr_html_()
+    assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+def test_runs_are_listed_newest_first(ready, db):
+    first, second = a_run(db), a_run(db, "failed", identifier="mail")
+    db.store.runs.update(second, error={"type": "DataError", "what": "The selection is empty.", "traceback": "…"})
+    run(ready, "t = %llm_runs")
+    rows = list(ready.user_ns["t"])
+    assert (
+        [row[0] for row in rows] == [second, first]
+        and rows[0][3] == "failed"
+        and rows[0][6] == "The selection is empty."
+    )
+    run(ready, "t = %llm_runs --state done")
+    assert [row[0] for row in ready.user_ns["t"]] == [first]
+
+
+def test_watch_in_a_terminal_says_the_curve_in_words(ready, db):
+    first = a_run(db)
+    said, _ = run(ready, f"r = %llm_watch {first}")
+    assert ready.user_ns["r"].id == first
+    assert "tickets v1" in said and "done" in said and "step 2 / 2" in said
+    run(ready, "r = %llm_watch")
+    assert ready.user_ns["r"].id == first, "the newest"
+    said, result = run(ready, "%llm_watch nope")
+    assert isinstance(result.error_in_exec, NotFound)
+
+
+def test_stop_writes_one_letter(ready, db):
+    record = db.store.runs.create("x", model="x", version=1, config={})
+    db.store.runs.transition(record["_id"], "queued", "starting")
+    db.store.runs.transition(record["_id"], "starting", "running")
+    said, _ = run(ready, f"%llm_stop {record['_id']}")
+    assert "Stopping" in said and db.store.runs.control(record["_id"]) == "stop", said
+
+
+def test_no_checkpoints_is_said(ready):
+    run(ready, "t = %llm_checkpoints")
+    assert "no checkpoints yet" in repr(ready.user_ns["t"])
+    _, result = run(ready, "%llm_checkpoints nope")
+    assert isinstance(result.error_in_exec, NotFound)
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+PLAN = (
+    '--model /models/tiny --collection docs --filter \'{"n":{"$lt":9}}\' --limit 5 '
+    "--learning_rate 2e-4 --lora-r=16 --fp16"
+)
+
+
+def test_without_start_the_plan_is_shown_and_nothing_starts(ready, db):
+    said, result = run(ready, f"%llm_train {PLAN}")
+    assert result.success, said
+    assert "Nothing was started" in said and "--start" in said
+    assert "learning_rate" in said and "0.0002" in said and "num_train_epochs" in said
+    assert "Collection('docs').find({'n': {'$lt': 9}}).limit(5)" in said
+    assert db.store.runs.list() == []
+
+
+def test_the_python_lines_make_the_same_training(ready):
+    said, _ = run(ready, f"%llm_train {PLAN} --identifier tiny --prompt_template 'Q: {{input}}' --key text")
+    code = said[said.index("from llmnb import") :].rsplit("\n", 2)[0]
+    names: dict = {}
+    exec(code.replace("run = db.apply(llm, wait=False)", ""), names)
+    parcel = names["trainer"].freeze(names["llm"].spec())
+    assert names["llm"].identifier == "tiny" and names["llm"].spec().prompt_template == "Q: {input}"
+    assert parcel.config.lora_r == 16 and parcel.config.arguments["learning_rate"] == 2e-4
+    assert (
+        parcel.config.arguments["fp16"] is True and parcel.config.select.limit_to == 5 and parcel.config.key == "text"
+    )
+
+
+def test_objects_are_taken_by_name_and_words_are_not(ready):
+    run(
+        ready,
+        "from llmnb import Collection\ndef shout(text):\n    return {'text': text.upper()}\n"
+        "mine = Collection('docs').find()\ntext = 'a variable that must not be looked up'",
+    )
+    said, result = run(ready, "%llm_train --model m --select mine --transform shout --key text")
+    assert result.success, said
+    assert "transform=shout" in said and "select=mine" in said and "key='text'" in said
+
+
+def test_variables_are_expanded_and_json_is_not(ready):
+    run(ready, "path = '/models/tiny'\nrate = 3e-4")
+    said, result = run(
+        ready,
+        "%llm_train --model {path} --collection docs --learning_rate $rate --lr_scheduler_kwargs '{\"num_cycles\":2}'",
+    )
+    assert result.success, said
+    assert "'/models/tiny'" in said and "learning_rate=0.0003" in said and "{'num_cycles': 2}" in said
+
+
+def test_an_llm_is_taken_by_name(ready):
+    run(
+        ready,
+        "from llmnb import LLM, LLMTrainer, Collection\n"
+        "llm = LLM('mine', '/models/tiny', trainer=LLMTrainer(select=Collection('docs').find(), lora_r=4))",
+    )
+    said, result = run(ready, "%llm_train --llm llm --learning_rate 1e-3")
+    assert result.success, said
+    assert "llm.trainer.learning_rate = 0.001" in said and "db.apply(llm, wait=False)" in said
+    said, result = run(ready, "%llm_train --llm lm")
+    assert "did you mean 'llm'?" in said
+
+
+def test_start_hands_the_model_to_the_database_and_returns_the_run(ready, db, monkeypatch):
+    handed = []
+    first = a_run(db)
+
+    def apply(llm, wait):
+        handed.append((llm, wait))
+        return db.run(first)
+
+    monkeypatch.setattr(db, "apply", apply)
+    said, result = run(ready, f"run = %llm_train {PLAN} --start")
+    assert result.success, said
+    assert ready.user_ns["run"].id == first
+    llm, wait = handed[0]
+    assert wait is False and llm.identifier == "tiny" and llm.trainer.learning_rate == 2e-4 and llm.trainer.lora_r == 16

@@ -271,7 +271,7 @@ def test_trap09_all_labels_masked_is_caught_before_the_first_step(tokenizer):
         ([{"text": "hello"}] * 3, {"key": "text", "max_seq_length": 1}),
     ]
     for documents, settings_ in cases:
-        with pytest.raises(DataError, match="None of the 3 train documents .* no token of them carries loss"):
+        with pytest.raises(DataError, match=r"None of the 3 train documents .* no token of them carries loss"):
             rows_of(documents, tokenizer, max_cut_share=1, **settings_)
 
 

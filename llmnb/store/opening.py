@@ -142,7 +142,8 @@ class Store:
         if self.mock:
             return
         try:
-            with translated(self.safe_uri):
+            patience = pymongo.timeout(3) if self.embedded else contextlib.nullcontext()
+            with translated(self.safe_uri), patience:
                 self.database.client.admin.command("ping")
         except ConnectError:
             if not self.embedded:
@@ -256,7 +257,8 @@ def _open_mock(uri: str, home: Path) -> Store:
 
 def _open_object(database: Any, home: Path) -> Store:
     mock = type(database).__module__.startswith("mongomock")
-    if not (mock or isinstance(database, Database)) or not hasattr(database, "list_collection_names"):
+    # By name, because mongomock is optional, and because a client answers to any attribute.
+    if not isinstance(database, Database) and not (mock and type(database).__name__ == "Database"):
         raise QueryError(
             "This is not a database.",
             seen=f"{type(database).__module__}.{type(database).__name__}",

@@ -26,7 +26,7 @@ _READ_ONLY = {10107, 13435, 10058, 189}
 _DISK_FULL = 14031
 
 
-class Duplicate(DatabaseError):
+class Duplicate(QueryError, DatabaseError):
     """A record with this key is there already."""
 
 

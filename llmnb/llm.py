@@ -79,6 +79,10 @@ def plain_kwargs(what: str, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
         faults.append(Fault(f"{what}[{name!r}]", f"a {type(value).__name__} cannot be stored with the model"))
         return None
 
+    for name in ("token", "use_auth_token"):
+        if isinstance((kwargs or {}).get(name), str):
+            todo = "log in with `hf auth login`, or set HF_TOKEN; background runs see it too"
+            faults.append(Fault(f"{what}[{name!r}]", "is a secret, and would be stored with the model", todo))
     out = {str(k): plain(str(k), v) for k, v in (kwargs or {}).items()}
     if faults:
         raise ConfigError(faults)

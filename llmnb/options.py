@@ -240,6 +240,9 @@ def check(name: str, value: Any) -> tuple[Any, Fault | None]:
     option = training_arguments()[name]
     if name in _OURS - {"deepspeed", "output_dir"}:
         return value, Fault(name, "is set by llmnb itself", "leave it out (to resume a run: run.resume())")
+    if name == "hub_token" and value is not None:
+        todo = "log in with `hf auth login`, or set HF_TOKEN; background runs see it too"
+        return value, Fault(name, "is a secret, and would be stored with the run", todo)
     plain = getattr(value, "value", value) if type(value).__module__.startswith("transformers") else value
     kind = "None" if plain is None else type(plain).__name__
     if kind in ("tuple", "set"):

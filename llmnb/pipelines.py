@@ -139,7 +139,10 @@ class Pipeline:
                     todo=f"define it again and set model.{name} = …; code from a database is never run",
                 )
         prepared = [self.preprocess(x) for x in inputs] if self.preprocess else inputs
-        outputs = self._loaded()(prepared, **{**thaw(self._spec.predict_kwargs), **kwargs})
+        pipe, options = self._loaded(), {**thaw(self._spec.predict_kwargs), **kwargs}
+        # Of a list of one, most pipelines give the bare answer; of one bare text, this one gives a list.
+        alone = len(prepared) == 1 and self._spec.task != "text-classification"
+        outputs = [pipe(prepared[0], **options)] if alone else pipe(prepared, **options)
         return [self.postprocess(o) for o in outputs] if self.postprocess else list(outputs)
 
     def _loaded(self) -> Any:
@@ -150,10 +153,7 @@ class Pipeline:
         if self._pipe is None:
             from .engine.pipes import build
 
-            spec = self._spec
-            if self._tuned is not None:
-                spec = replace(spec, model_name_or_path=str(self._tuned.path))
-            self._pipe = build(spec)
+            self._pipe = build(self._spec, Path(str(self._tuned.path)) if self._tuned is not None else None)
         return self._pipe
 
     def _adopt(self, checkpoint: Checkpoint) -> None:

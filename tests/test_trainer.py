@@ -83,6 +83,7 @@ def test_what_cannot_be_honoured_raises():
         {"early_stopping_patience": 2},
         {"max_steps": 0},
         {"prompt_template": "no place"},
+        {"hub_token": "hf_secret"},
     ):
         with pytest.raises(ConfigError):
             LLMTrainer(**settings).freeze()
@@ -148,3 +149,15 @@ def test_typed_text_becomes_values():
 
 def test_repr_hides_the_cluster_address():
     assert "secret" not in repr(LLMTrainer(ray_address="ray://secret@host"))
+
+
+def test_no_token_is_taken_where_it_would_be_stored():
+    from llmnb import LLM
+
+    for kwargs in ({"model_kwargs": {"token": "hf_secret"}}, {"tokenizer_kwargs": {"use_auth_token": "hf_secret"}}):
+        with pytest.raises(ConfigError, match="HF_TOKEN") as error:
+            LLM("x", "owner/name", **kwargs)
+        assert "hf_secret" not in str(error.value)
+    with pytest.raises(ConfigError) as error:
+        LLMTrainer(hub_token="hf_secret").freeze()
+    assert "hf_secret" not in str(error.value)

@@ -30,7 +30,9 @@ __all__ = [
 # --- a new adapter ------------------------------------------------------------------------------------------
 
 
-def attach_lora(model: Any, config: TrainConfig, new_tokens: Sequence[int] = ()) -> Any:
+def attach_lora(
+    model: Any, config: TrainConfig, new_tokens: Sequence[int] = (), task: str = "CAUSAL_LM"
+) -> Any:
     """Puts a new LoRA adapter on a base; everything else is frozen.
 
     Adapter weights are float32 whatever the base is, because small updates vanish in 16 bits.
@@ -39,6 +41,7 @@ def attach_lora(model: Any, config: TrainConfig, new_tokens: Sequence[int] = ())
         model: the base, plain or quantised.
         config: ``lora_*`` settings.
         new_tokens: ids of tokens that the base does not have; their embedding rows are trained with the adapter.
+        task: peft's task type; with "SEQ_CLS" the new classification head is trained and stored too.
 
     Returns:
         The ``peft.PeftModel``.
@@ -51,7 +54,7 @@ def attach_lora(model: Any, config: TrainConfig, new_tokens: Sequence[int] = ())
     targets = _targets(model, config.lora_target_modules)
     try:
         lora = LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=task,
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,

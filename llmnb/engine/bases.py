@@ -66,6 +66,8 @@ def translate_kwargs(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
             seen=", ".join(sorted(loose)),
             todo="add load_in_4bit=True or load_in_8bit=True",
         )
+    if kwargs.get("id2label"):  # JSON has no whole numbers as keys
+        kwargs["id2label"] = {int(number): name for number, name in kwargs["id2label"].items()}
     return kwargs
 
 
@@ -125,12 +127,12 @@ def load_base(
         kwargs["device_map"] = {"": _device()}
     tokenizer = load_tokenizer(spec)
     auto = AutoModelForCausalLM if spec.task == "causal-lm" else AutoModelForSequenceClassification
-    _check_path(spec.model_name_or_path)
+    check_path(spec.model_name_or_path)
     try:
         with quiet():
             model = auto.from_pretrained(_name(spec), **kwargs)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise _explain(spec.model_name_or_path, error, "model") from error
+        raise explain(spec.model_name_or_path, error, "model") from error
     except TypeError as error:
         raise ModelError(
             "model_kwargs holds something that this model does not take.",
@@ -160,11 +162,11 @@ def load_tokenizer(spec: ModelSpec, folder: str | Path | None = None) -> Any:
         name = str(folder)
         kwargs = {k: v for k, v in kwargs.items() if k not in HUB}
     else:
-        _check_path(spec.model_name_or_path)
+        check_path(spec.model_name_or_path)
     try:
         return AutoTokenizer.from_pretrained(name, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        raise _explain(spec.model_name_or_path, error, "tokenizer") from error
+        raise explain(spec.model_name_or_path, error, "tokenizer") from error
 
 
 def context_of(spec: ModelSpec) -> int | None:
@@ -177,11 +179,11 @@ def context_of(spec: ModelSpec) -> int | None:
 
     kwargs = translate_kwargs(spec.model_kwargs)
     kwargs = {k: v for k, v in kwargs.items() if k in (*HUB, "trust_remote_code")}
-    _check_path(spec.model_name_or_path)
+    check_path(spec.model_name_or_path)
     try:
         config = AutoConfig.from_pretrained(_name(spec), **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        raise _explain(spec.model_name_or_path, error, "model") from error
+        raise explain(spec.model_name_or_path, error, "model") from error
     return getattr(config, "max_position_embeddings", None)
 
 
@@ -301,7 +303,7 @@ def _quieten_bitsandbytes() -> None:
 # --- errors -------------------------------------------------------------------------------------------------
 
 
-def _check_path(name: str) -> None:
+def check_path(name: str) -> None:
     """Raises when a name that can only be a folder is not one."""
     if not name:
         raise ModelError("No base model was named.", todo="give model_name_or_path: a folder or a hub id")
@@ -326,7 +328,7 @@ def _check_path(name: str) -> None:
         )
 
 
-def _explain(name: str, error: Exception, part: str) -> ModelError:
+def explain(name: str, error: Exception, part: str) -> ModelError:
     """An error of from_pretrained in words: what was tried, and what to do."""
     text = str(error).strip()
     tried = f"tried the folder {Path(name).absolute()} (not there) and the hub id {name}"

@@ -60,7 +60,12 @@ def train(
         ModelError: a model or adapter that cannot be loaded, or not be trained so.
         RunError: out of memory.
     """
-    run = _Run(spec, config, hooks, Path(workdir), tuned)
+    run_class = TrainingRun
+    if spec.task == "text-classification":
+        from .classification import ClassifierRun
+
+        run_class = ClassifierRun
+    run = run_class(spec, config, hooks, Path(workdir), tuned)
     try:
         return run.go(data, adapter, resume, transform, trainer_kwargs)
     except BaseException as error:
@@ -73,8 +78,20 @@ def train(
         run.close()
 
 
-class _Run:
-    """The parts of one run, so that nothing but this object holds them, and ``close`` lets them go."""
+class TrainingRun:
+    """The parts of one run, so that nothing but this object holds them, and ``close`` lets them go.
+
+    Attributes:
+        tasks: what it can train.
+        lora_task: peft's name for the task.
+        whole_kind: what a checkpoint of all weights is.
+        loop_class: the training loop; ``Loop`` unless it says otherwise.
+    """
+
+    tasks: tuple[str, ...] = ("causal-lm",)
+    lora_task = "CAUSAL_LM"
+    whole_kind = "model"
+    loop_class: Any = None
 
     def __init__(self, spec: ModelSpec, config: TrainConfig, hooks: Hooks, workdir: Path, tuned: bool | None) -> None:
         self.spec, self.config, self.hooks, self.workdir, self.tuned = spec, config, hooks, workdir, tuned
@@ -96,7 +113,7 @@ class _Run:
         from transformers import set_seed
 
         self._check(data, resume)
-        options = trainer_options(trainer_kwargs)
+        options = self._options(trainer_kwargs)
         self.main = _rank() == 0
         if not self.main:
             # Rank 0 speaks for all.
@@ -122,8 +139,8 @@ class _Run:
     def _check(self, data: Mapping[str, Source], resume: Path | None) -> None:
         if "train" not in data:
             raise ConfigError([Fault("data", "has no 'train' rows")])
-        if self.spec.task != "causal-lm":
-            raise ModelError(f"A {self.spec.task} model is not trained here.", todo="task='causal-lm'")
+        if self.spec.task not in self.tasks:
+            raise ModelError(f"A {self.spec.task} model is not trained here.", todo="use LLM or TextClassification")
         if self.bits is not None and not self.config.use_lora:
             raise ConfigError(
                 [Fault("bits", f"{self.bits}-bit weights cannot be trained whole", "use_lora=True, or bits=None")]
@@ -136,6 +153,14 @@ class _Run:
                 seen="it has no trainer_state.json",
                 todo="resume from the newest checkpoint of the run; older ones keep weights only",
             )
+
+    def _options(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
+        return trainer_options(given)
+
+    def _collator(self) -> Any:
+        from .rows import Collator
+
+        return Collator(self.tokenizer)
 
     def _rows(self, data: Mapping[str, Source], plan: Plan, transform: Any) -> dict[str, Any]:
         """Rows of every set that this run reads; their counts and notes are said."""
@@ -202,7 +227,7 @@ class _Run:
                 self.model = self.model.merge_and_unload()
                 self.model.requires_grad_(True)
         elif config.use_lora:
-            self.model = adapters.attach_lora(self.model, config, new_tokens)
+            self.model = adapters.attach_lora(self.model, config, new_tokens, task=self.lora_task)
         if config.use_lora:
             modules = adapters.lora_modules(self.model)
             self.counts["modules"] = len(modules)
@@ -229,16 +254,15 @@ class _Run:
         """The loop around the model."""
         from .callbacks import Patience, Watch
         from .loop import Loop
-        from .rows import Collator
 
         args = plan.arguments
         train, order = _ordered(rows["train"], plan, self.tokenizer)
         if callable(options.get("optimizers")):
             options["optimizers"] = options["optimizers"](self.model)
-        self.loop = Loop(
+        self.loop = (self.loop_class or Loop)(
             model=self.model,
             args=args,
-            data_collator=Collator(self.tokenizer),
+            data_collator=self._collator(),
             train_dataset=train,
             eval_dataset=_evaluated(rows, plan, self.tokenizer, "compute_metrics" in options),
             processing_class=self.tokenizer,
@@ -259,7 +283,7 @@ class _Run:
         return {
             "base": self.spec.model_name_or_path,
             "base_fingerprint": fingerprint,
-            "kind": "adapter" if self.config.use_lora else "model",
+            "kind": "adapter" if self.config.use_lora else self.whole_kind,
             "chat_template": self.tokenizer.chat_template,
             "prompt_template": self.config.prompt_template or self.spec.prompt_template,
             "vocabulary": self.model.get_input_embeddings().weight.shape[0],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def train(spec: Any, config: Any, data: Any, hooks: Hooks, *, workdir: Path, **m
     for row in data["train"]():
         rows.append(transform(row["text"]) if transform else row["text"])
     steps = int(given.get("max_steps", 4))
-    pause = float(given.get("pause_ms", 0)) / 1000
+    pause = float(given.get("pause_ms") or os.environ.get("FAKE_ENGINE_PAUSE_MS", 0)) / 1000
     hooks.started({"rows": len(rows), "steps": steps, "cut": 0, "dropped": 0})
     best_step, done = None, 0
     losses = given.get("losses") or [1.0 / (i + 1) for i in range(steps)]

@@ -1,0 +1,85 @@
+"""``llmnb runs``, ``llmnb watch RUN``, ``llmnb stop RUN``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from . import paper
+
+__all__ = ["runs", "stop", "watch"]
+
+
+def _database(known: argparse.Namespace) -> Any:
+    from ..db import connect
+
+    return connect(known.uri, home=known.home)
+
+
+def runs(known: argparse.Namespace) -> int:
+    """Lists runs."""
+    store = _database(known).store
+    store.runs.find_lost()
+    rows = []
+    for record in store.runs.list(limit=known.limit, **({"state": known.state} if known.state else {})):
+        error = (record.get("error") or {}).get("what") or ""
+        rows.append(
+            (
+                record["_id"],
+                record.get("model"),
+                record.get("version"),
+                record["state"],
+                paper.local_time(record.get("started") or record.get("created")),
+                _took(record),
+                paper.one_line(error, 60) if error else "",
+            )
+        )
+    if not rows:
+        print(f"No run is {known.state}." if known.state else "No run yet. llmnb quickstart makes one.")
+        return 0
+    paper.table(("run", "model", "version", "state", "started", "took", "error"), rows)
+    return 0
+
+
+def _took(record: dict[str, Any]) -> str:
+    start, end = record.get("started"), record.get("ended")
+    return paper.about((end - start).total_seconds()) if start and end else ""
+
+
+def watch(known: argparse.Namespace) -> int:
+    """Follows a run. Ctrl-C ends the watching, never the run."""
+    run = _database(known).run(known.run)
+    try:
+        with paper.Follower(run.record["model"]) as follower:
+            run.wait(on_event=follower)
+    except KeyboardInterrupt:
+        print(f"\nThe run goes on. llmnb stop {run.id} ends it with a checkpoint.", file=sys.stderr)
+        return 130
+    for text in follower.warnings:
+        paper.fact("", text)
+    paper.fact("Run", f"{run.id}, {run.state}")
+    if follower.loss is not None:
+        words = f"{paper.figure(follower.first_loss)} → {paper.figure(follower.loss)} in {follower.step} steps"
+        evaluated = f", eval loss {paper.figure(follower.eval_loss)}" if follower.eval_loss is not None else ""
+        paper.fact("Loss", words + evaluated)
+    saved = run.checkpoints()
+    if saved:
+        rows = [
+            (c.step, paper.figure(c.metrics.get("eval_loss")), paper.size(c.size), "best" if c.best else "")
+            for c in saved
+        ]
+        paper.table(("checkpoint", "eval loss", "size", ""), rows)
+    return 0
+
+
+def stop(known: argparse.Namespace) -> int:
+    """Asks a run to end."""
+    run = _database(known).run(known.run)
+    if known.kill:
+        run.kill()
+        print(f"{run.id}: {run.state}")
+    else:
+        run.stop()
+        print(f"Stopping {run.id}: it saves a checkpoint, then it ends.")
+    return 0

@@ -1,0 +1,132 @@
+"""``--name value`` for every option of LLM, LLMTrainer and TrainingArguments, as keyword arguments.
+
+Faults are reported all at once, with near names. This module knows no database.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from .. import options
+from ..config import ModelSpec, TrainConfig
+from ..errors import ConfigError, Fault, near
+from ..query import Collection, Select
+
+__all__ = ["known_settings", "named", "selection", "settings", "values"]
+
+_ALL = frozenset({"bool", "int", "float", "str", "list", "dict", "None"})
+_MODEL_ONLY = frozenset(f.name for f in fields(ModelSpec)) - {"bits", "task"}
+_OBJECTS = ("select", "transform", "ray_configs", "training_kwargs", "eval_selects")  # Python objects: not from here
+
+
+def named(words: Sequence[str]) -> dict[str, str | None]:
+    """``["--lr=1", "--fp16", "--key", "text"]`` as ``{"lr": "1", "fp16": None, "key": "text"}``.
+
+    Raises:
+        ConfigError: a word that belongs to no option, or an option given twice.
+    """
+    out: dict[str, str | None] = {}
+    faults: list[Fault] = []
+    name: str | None = None
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            if name in out:
+                faults.append(Fault(f"--{name}", "is given twice", "leave one out"))
+            out[name] = value if equals else None
+            name = None if equals else name
+        elif name is not None:
+            out[name], name = word, None
+        else:
+            faults.append(Fault(word, "belongs to no option", "write --name value; quote a value that has spaces"))
+    if faults:
+        raise ConfigError(faults)
+    return out
+
+
+def values(given: Mapping[str, str | None]) -> dict[str, Any]:
+    """Values whose types nobody declares (options of generate)."""
+    return {name: True if text is None else options.parse("", text, _ALL) for name, text in given.items()}
+
+
+def known_settings() -> list[str]:
+    """Every name that ``llmnb train`` takes."""
+    from ..trainer import LLMTrainer
+
+    return sorted((LLMTrainer.names() | _MODEL_ONLY) - set(_OBJECTS))
+
+
+def settings(given: Mapping[str, str | None]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keyword arguments of ``LLM`` and of ``LLMTrainer``.
+
+    Raises:
+        ConfigError: every unknown option with near names, every missing value.
+    """
+    model: dict[str, Any] = {}
+    trainer: dict[str, Any] = {}
+    faults: list[Fault] = []
+    for name, text in given.items():
+        types = _types(name)
+        if name in _OBJECTS:
+            faults.append(Fault(f"--{name}", "takes a Python object", "use the Python API for it"))
+        elif types is None:
+            close = near(name, [*known_settings(), *options.synonyms()])
+            hint = "did you mean " + " or ".join(f"--{c}" for c in close) + "?" if close else "--options names them all"
+            faults.append(Fault(f"--{name}", "is not an option", hint))
+        elif text is None and "bool" not in types:
+            faults.append(Fault(f"--{name}", "needs a value", f"--{name} VALUE"))
+        else:
+            (model if name in _MODEL_ONLY else trainer)[name] = True if text is None else _value(name, text, types)
+    if faults:
+        raise ConfigError(faults)
+    return model, trainer
+
+
+def _types(name: str) -> frozenset[str] | None:
+    """The accepted types of a setting, or None when there is no such setting."""
+    for cls in (TrainConfig, ModelSpec):
+        for f in fields(cls):
+            if f.name == name and name not in ("arguments", "task"):
+                words = set(re.findall(r"\w+", str(f.type)))
+                return _ALL - {"bool"} if words & {"Any", "Mapping", "Select"} else frozenset(words & _ALL)
+    if name == "ray_address":
+        return frozenset({"str", "None"})
+    option = options.training_arguments().get(name)
+    if option is not None:
+        return option.types
+    return _ALL if name in options.synonyms() or name in _OBJECTS else None
+
+
+def _value(name: str, text: str, types: frozenset[str]) -> Any:
+    value = options.parse(name, text, types)
+    if name in ("key", "X"):
+        if isinstance(value, list):
+            return tuple(value)
+        if "," in text and isinstance(value, str):
+            return tuple(part.strip() for part in text.split(","))
+    if name == "lora_target_modules" and isinstance(value, str) and "," in value:
+        return [part.strip() for part in value.split(",")]
+    return value
+
+
+def selection(collection: str, filter: str | None = None, limit: int | None = None) -> Select:
+    """A find, narrowed.
+
+    Raises:
+        ConfigError: the filter is not a JSON object.
+    """
+    matched: Any = {}
+    if filter:
+        try:
+            matched = json.loads(filter)
+        except ValueError as error:
+            raise ConfigError([Fault("--filter", f"is not JSON ({error})", """--filter '{"lang": "en"}'""")]) from None
+        if not isinstance(matched, dict):
+            raise ConfigError([Fault("--filter", "must be a JSON object", """--filter '{"lang": "en"}'""")])
+    found = Collection(collection).find(matched)
+    return found.limit(limit) if limit else found

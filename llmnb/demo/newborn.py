@@ -1,0 +1,134 @@
+"""The demo's base model: a small Llama, made and pre-trained on this machine from the documentation's plain text.
+
+It has never seen a question, so an adapter's effect on its answers is plain to see. This module knows the engine and a
+cache folder, and no database.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..config import ModelSpec, TrainConfig
+from ..engine.hooks import Hooks
+from ..events import Event, Note
+from ..store import environment
+from .library import passages
+
+__all__ = ["RECIPE", "base_model"]
+
+# Chosen by trying, for 2 cores and under two minutes: at this budget a wider or deeper model learns less per second.
+RECIPE: dict[str, Any] = {
+    "vocabulary": 4096,
+    "hidden": 128,
+    "layers": 4,
+    "context": 512,
+    "steps": 600,
+    "rows_per_step": 4,
+    "learning_rate": 2.5e-3,
+    "format": 1,
+}
+LONGEST_S = 100.0  # of pre-training; a slower machine stops there, with what it has learned
+
+
+def base_model(
+    home: str | Path | None = None,
+    progress: Callable[[Event], None] | None = None,
+    *,
+    steps: int | None = None,
+) -> Path:
+    """The folder of the demo's base model; made on the first call (under two minutes on 2 cores), then found again.
+
+    Args:
+        home: whose ``cache`` folder keeps it; ``LLMNB_HOME``, else ``./.llmnb``.
+        progress: called with the events of the pre-training, while there is one.
+        steps: of the pre-training, when not the recipe's own (a test takes few).
+
+    Raises:
+        DataError: this Python's library has no documentation.
+        MissingPackage: torch or transformers is not installed.
+    """
+    recipe = {**RECIPE, "steps": steps or RECIPE["steps"]}
+    texts = passages()
+    key = hashlib.sha256(json.dumps([recipe, texts]).encode()).hexdigest()[:16]
+    cache = Path(home or environment.read().home).expanduser().absolute() / "cache" / "demo"
+    folder = cache / f"stdlib-llama-{key}"
+    if (folder / "config.json").is_file():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="making-", dir=cache))
+    try:
+        trained = _make(work, recipe, texts, progress or _nobody)
+        try:
+            os.rename(trained, folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was faster, with the same
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _nobody(event: Event) -> None:
+    return None
+
+
+def _make(work: Path, recipe: dict[str, Any], texts: list[dict[str, Any]], say: Callable[[Event], None]) -> Path:
+    from ..engine.scratch import new_llama
+    from ..engine.training import train
+
+    shape = {name: recipe[name] for name in ("vocabulary", "hidden", "layers", "context")}
+    first = new_llama(work / "first", (text["text"] for text in texts), **shape)
+    config = TrainConfig(
+        identifier="stdlib-base",
+        key="text",
+        key_kind="text",
+        max_seq_length=recipe["context"],
+        use_lora=False,
+        arguments={
+            "max_steps": recipe["steps"],
+            "per_device_train_batch_size": recipe["rows_per_step"],
+            "learning_rate": recipe["learning_rate"],
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 20,
+            "adam_beta2": 0.95,
+            "weight_decay": 0.01,
+            "save_strategy": "no",
+            "save_only_model": True,
+            "logging_steps": 5,
+            "use_cpu": True,  # the same weights with and without a GPU; it takes a minute
+            "seed": 0,
+        },
+    )
+    kept = work / "kept"
+    end = time.monotonic() + LONGEST_S
+
+    def keep(folder: Path, step: int, metrics: Any, kind: str, base_fingerprint: str, best: bool) -> None:
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(folder, kept)
+
+    def started(counts: dict[str, Any]) -> None:
+        say(Note(text=f"{counts['parameters'] / 1e6:.1f} M parameters, {counts['steps']} steps", data=counts))
+
+    def control() -> str | None:
+        return "stop" if time.monotonic() > end else None
+
+    hooks = Hooks(say=say, checkpoint=keep, control=control, started=started)
+    train(ModelSpec("stdlib-base", str(first)), config, {"train": lambda: texts}, hooks, workdir=work)
+    for name in (
+        "training_args.bin",
+        "trainer_state.json",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "llmnb.json",
+    ):
+        (kept / name).unlink(missing_ok=True)
+    return kept

@@ -82,18 +82,19 @@ def _find(database: Any, name: str | None) -> Checkpoint:
 
 def _trained_as(database: Any, checkpoint: Checkpoint) -> tuple[ModelSpec, str]:
     """The model that was trained, without any adapter, and the kind of its rows."""
+    spec = ModelSpec(identifier=checkpoint.experiment, model_name_or_path=checkpoint.base)
+    config: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
     try:
         record = database.store.runs.get(checkpoint.experiment)
+        config, counts = record.get("config") or {}, record.get("counts") or {}
+        spec = ModelSpec.from_json(database.store.models.get(record["model"], record["version"])["spec"])
     except NotFound:
-        return ModelSpec(identifier=checkpoint.experiment, model_name_or_path=checkpoint.base), "text"
-    spec = ModelSpec.from_json(record["spec"]) if record.get("spec") else ModelSpec(model_name_or_path=checkpoint.base)
-    config, counts = record.get("config") or {}, record.get("counts") or {}
-    template = config.get("prompt_template")
-    if template:
-        spec = replace(spec, prompt_template=template)
-    return replace(spec, adapter_id=None, bits=spec.bits or config.get("bits")), config.get("key_kind") or counts.get(
-        "kind"
-    ) or "text"
+        pass  # the run or its model was removed; the checkpoint knows its base
+    if config.get("prompt_template"):
+        spec = replace(spec, prompt_template=config["prompt_template"])
+    kind = config.get("key_kind") or counts.get("kind") or "text"
+    return replace(spec, adapter_id=None, bits=spec.bits or config.get("bits")), kind
 
 
 class Chats:

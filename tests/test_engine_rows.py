@@ -407,7 +407,7 @@ def test_very_long_texts_are_cut_before_they_are_tokenised_with_the_same_ids(tok
     encoder = Encoder(tokenizer)
     long = [(WORDS + " ") * 40, "a" * 9000, "\n" * 9000, WORDS + " " * 9000]
     for text, ids in zip(long, encoder.heads(long, 8), strict=True):
-        assert ids[:9].tolist() == encoder.ids(text)[:9].tolist()
+        assert ids[:9] == encoder.ids(text)[:9]
     assert len(encoder.heads(long[:1], 8)[0]) < len(encoder.ids(long[0]))
 
 

@@ -9,29 +9,41 @@ knows no documents, no chat templates and no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+__all__ = ["Encoder", "Ids", "Ranges", "fill_prompt"]
 
-__all__ = ["Encoder", "Ids", "fill_prompt"]
+Ids = list[int]  # of one row: short lists are faster than small arrays
+Ranges = list[tuple[int, int]]  # of tokens, end not included
 
-Ids = npt.NDArray[np.int32]
-
+_PROBES = (
+    "a",
+    "Word",
+    "7",
+    "2026",
+    ".",
+    "?!",
+    ")",
+    '"',
+    "'s",
+    "é",
+    "漢",
+    "🙂",
+    "_",
+    "\\",
+    "<",
+    "...",
+    "~",
+    "\u0301",
+    "\u00a0",
+)
 _TAIL_CACHE = 4096  # distinct seam tails to remember; a template has a handful, free text has one per row
 
 
 def fill_prompt(prompt_template: str, prompt: str) -> str:
     """``prompt_template`` with ``{input}`` replaced. Other braces are left alone, so JSON may stand in a template."""
     return prompt_template.replace("{input}", prompt)
-
-
-def _array(ids: Sequence[int]) -> Ids:
-    return np.array(ids, dtype=np.int32)
-
-
-def _starts_with(ids: Ids, head: Ids) -> bool:
-    return len(head) <= len(ids) and bool(np.array_equal(ids[: len(head)], head))
 
 
 class Encoder:
@@ -51,6 +63,7 @@ class Encoder:
         self.added = frozenset(tokenizer.added_tokens_decoder)
         self._backend = self._find_backend()
         self._tails: dict[str, list[int]] = {}
+        self._cuts_at_spaces: bool | None = None  # not looked at yet
         self._sync()
 
     def _find_prefix(self) -> tuple[int, ...]:
@@ -91,8 +104,8 @@ class Encoder:
         if self._backend is not None:
             self._sync()
             found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [_array(encoding.ids) for encoding in found]
-        return [_array(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+            return [encoding.ids for encoding in found]
+        return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"])
 
     def ids(self, text: str) -> Ids:
         """The ids of one text, without start and end tokens."""
@@ -104,16 +117,14 @@ class Encoder:
         A text or template may write the BOS itself; then the tokenizer's own would be the second.
         """
         drop = 0
-        if self.bos is not None:
-            while drop < len(ids) and ids[drop] == self.bos:
-                drop += 1
-        if not self.prefix:
+        while self.bos is not None and drop < len(ids) and ids[drop] == self.bos:
+            drop += 1
+        prefix = list(self.prefix)
+        if not prefix:
             drop = max(drop - 1, 0)  # the text's own one stays
-            return ids[drop:], -drop
-        prefix = _array(self.prefix)
-        if len(prefix) > 1 and _starts_with(ids, prefix):
+        elif len(prefix) > 1 and ids[: len(prefix)] == prefix:
             return ids, 0
-        return np.concatenate([prefix, ids[drop:]]), len(prefix) - drop
+        return prefix + ids[drop:], len(prefix) - drop
 
     def end(self, ids: Ids) -> Ids:
         """The ids with exactly one EOS at the end, where the tokenizer has an EOS."""
@@ -122,7 +133,7 @@ class Encoder:
         keep = len(ids)
         while keep and ids[keep - 1] == self.eos:
             keep -= 1
-        return np.append(ids[:keep], np.int32(self.eos))
+        return [*ids[:keep], self.eos]
 
     def heads(self, texts: Sequence[str], limit: int) -> list[Ids]:
         """The ids of each text, of which only the first ``limit`` (and whether there are more) will be used.
@@ -154,19 +165,46 @@ class Encoder:
         Prompt and answer are tokenised together. Where a token would reach over the seam, or the prompt alone has
         other ids, the two are tokenised apart (split), so that the prompt's ids stay what answering will send.
         """
-        wholes = self.batch([p + a for p, a in zip(prompts, answers, strict=True)])
-        heads = self.batch(prompts)
+        if self._cuts_at_spaces is None:
+            self._cuts_at_spaces = self._find_cut_rule()
+        cuts = [_last_word(prompt) if self._cuts_at_spaces else 0 for prompt in prompts]
+        before = self.batch([prompt[:cut] for prompt, cut in zip(prompts, cuts, strict=True)])
+        tails = self._cached([prompt[cut:] for prompt, cut in zip(prompts, cuts, strict=True)])
+        rest = self.batch([p[cut:] + a for p, a, cut in zip(prompts, answers, cuts, strict=True)])
         out = []
-        for whole, head, answer in zip(wholes, heads, answers, strict=True):
-            if _starts_with(whole, head):
-                out.append((whole, len(head), False))
-            else:
-                out.append((np.concatenate([head, self.after(answer)]), len(head), True))
+        for head, tail, whole, answer in zip(before, tails, rest, answers, strict=True):
+            count, clean = len(head) + len(tail), whole[: len(tail)] == tail
+            out.append((head + whole if clean else head + tail + self.after(answer), count, not clean))
         return out
+
+    def _cached(self, texts: Sequence[str]) -> list[Ids]:
+        """``batch`` for short texts that come again and again."""
+        new = list({text for text in texts if text not in self._tails})
+        made = dict(zip(new, self.batch(new), strict=True))
+        found = [self._tails[text] if text in self._tails else made[text] for text in texts]
+        room = _TAIL_CACHE - len(self._tails)
+        self._tails.update([(text, ids) for text, ids in made.items() if len(text) < 256][: max(room, 0)])
+        return found
+
+    def _find_cut_rule(self) -> bool:
+        """Are the ids of ``x y`` those of ``x`` and of `` y``, whatever x and y are?
+
+        So it is where a text is cut into words, each with the space before it, before anything is merged (GPT-2's rule
+        and its successors). Then a prompt needs to be tokenised only once, together with its answer.
+        """
+        if self._backend is None or "ByteLevel" not in repr(self._backend.pre_tokenizer):
+            return False
+        for token in self.tokenizer.added_tokens_decoder.values():
+            if token.rstrip or token.single_word or any(char.isspace() for char in str(token)):
+                return False
+        pairs = [(x, " " + y) for x, y in product(_PROBES, repeat=2)]
+        apart = {text: ids for texts in zip(*pairs, strict=True) for text, ids in zip(texts, self.batch(texts))}
+        together = self.batch([x + y for x, y in pairs])
+        return all(ids == apart[x] + apart[y] for (x, y), ids in zip(pairs, together, strict=True))
 
     def spans(
         self, texts: Sequence[str], seams: Sequence[Sequence[int]], spans: Sequence[Sequence[tuple[int, int]]]
-    ) -> list[tuple[Ids, npt.NDArray[np.bool_], bool]]:
+    ) -> list[tuple[Ids, Ranges, bool]]:
         """Ids of each text, which of them carry loss, and whether a seam had to be split.
 
         Args:
@@ -182,16 +220,17 @@ class Encoder:
 
     def _by_offset(
         self, encoding: Any, text: str, seams: Sequence[int], spans: Sequence[tuple[int, int]]
-    ) -> tuple[Ids, npt.NDArray[np.bool_], bool]:
+    ) -> tuple[Ids, Ranges, bool]:
         ids: list[int] = encoding.ids
         for seam in seams:
             if not self._clean(encoding, ids, text, seam):
                 return self._by_prefix(text, seams, spans)
-        trained = np.zeros(len(ids), dtype=np.bool_)
-        for begin, end in spans:
-            first = _token_at(encoding, begin, len(text), len(ids))
-            trained[first : _token_at(encoding, end, len(text), len(ids))] = True
-        return _array(ids), trained, False
+        size = len(text), len(ids)
+        return (
+            ids,
+            [(_token_at(encoding, begin, *size), _token_at(encoding, end, *size)) for begin, end in spans],
+            False,
+        )
 
     def _clean(self, encoding: Any, ids: list[int], text: str, seam: int) -> bool:
         """Are the ids before the seam those that the text before it has alone?
@@ -204,13 +243,7 @@ class Encoder:
         while at >= 0 and ids[at] not in self.added:
             at -= 1
         begin = encoding.token_to_chars(at)[0] if at >= 0 else 0
-        tail = text[begin:seam]
-        alone = self._tails.get(tail)
-        if alone is None:
-            alone = self.ids(tail).tolist()
-            if len(self._tails) < _TAIL_CACHE and len(tail) < 256:
-                self._tails[tail] = alone
-        return alone == ids[max(at, 0) : count]
+        return self._cached([text[begin:seam]])[0] == ids[max(at, 0) : count]
 
     def joined(self, text: str, seams: Sequence[int]) -> tuple[Ids, bool]:
         """Ids in which every seam is kept, and whether a seam had to be split.
@@ -225,26 +258,21 @@ class Encoder:
         marks = sorted({(seam, True) for seam in seams} | {(end, False) for end in ends})
         wholes = self.batch([text[:char] for char, _ in marks])
         found: dict[int, tuple[Ids, bool]] = {}
-        head, at, split = np.empty(0, dtype=np.int32), 0, False
+        head, at, split = list[int](), 0, False
         for (char, is_seam), whole in zip(marks, wholes, strict=True):
-            kept = _starts_with(whole, head)
-            ids = whole if kept else np.concatenate([head, self.after(text[at:char])])
+            kept = whole[: len(head)] == head
+            ids = whole if kept else head + self.after(text[at:char])
             found[char] = ids, split or not kept
             if is_seam:
                 head, at, split = ids, char, split or not kept
         return [found[end] for end in ends]
 
-    def _by_prefix(
-        self, text: str, seams: Sequence[int], spans: Sequence[tuple[int, int]]
-    ) -> tuple[Ids, npt.NDArray[np.bool_], bool]:
+    def _by_prefix(self, text: str, seams: Sequence[int], spans: Sequence[tuple[int, int]]) -> tuple[Ids, Ranges, bool]:
         """``_by_offset`` without offsets: slower, for Python tokenizers and for the few rows with a seam to split."""
         chars = sorted({char for span in spans for char in span})
         *heads, (ids, split) = self._heads(text, seams, [*chars, len(text)])
         place = {char: _same(head, ids) for char, (head, _) in zip(chars, heads, strict=True)}
-        trained = np.zeros(len(ids), dtype=np.bool_)
-        for begin, end in spans:
-            trained[place[begin] : place[end]] = True
-        return ids, trained, split
+        return ids, [(place[begin], place[end]) for begin, end in spans], split
 
 
 def _cut_at_word(text: str, far: int) -> str:
@@ -254,11 +282,20 @@ def _cut_at_word(text: str, far: int) -> str:
     return text[:at] if at > far // 2 else text
 
 
+def _last_word(text: str) -> int:
+    """Where the last word begins, at the one space before it; 0 when it is long, or the first."""
+    at = text.rfind(" ", max(0, len(text) - 200))
+    while at > 0 and text[at - 1].isspace():
+        at = text.rfind(" ", max(0, len(text) - 200), at)
+    return max(at, 0)
+
+
 def _same(one: Ids, other: Ids) -> int:
     """How many ids at the start are the same."""
-    count = min(len(one), len(other))
-    same = one[:count] == other[:count]
-    return count if same.all() else int(same.argmin())
+    for at, (left, right) in enumerate(zip(one, other)):
+        if left != right:
+            return at
+    return min(len(one), len(other))
 
 
 def _token_at(encoding: Any, char: int, chars: int, tokens: int) -> int:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..config import TrainConfig
 from ..errors import ConfigError, DataError, Fault
 from .counts import Counts, RowReport, opening_notes
-from .encoding import Encoder, Ids, fill_prompt
+from .encoding import Encoder, Ids, Ranges, fill_prompt
 from .samples import Reader, Sample, infer_key
 from .templates import Chat, ChatTemplate, chat_ids, prompt_ids
 
@@ -25,7 +25,7 @@ __all__ = ["Collator", "RowReport", "Rows", "chat_ids", "infer_key", "make_rows"
 
 NO_LOSS = -100  # torch's ignore_index
 _PEEK = 64  # documents to look at before the first one is read
-_PIECE_ROWS, _PIECE_CHARS = 1000, 2_000_000  # what is tokenised at once
+_PIECE_ROWS, _PIECE_CHARS = 1000, 1_000_000  # what is tokenised at once
 _CHECKED_CHATS = 32  # chats whose prompt is rendered again and compared
 
 
@@ -40,7 +40,13 @@ class Rows(Sequence[dict[str, list[int]]]):
         report: what became of the documents.
     """
 
-    def __init__(self, ids: Ids, trained: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int64], report: RowReport):
+    def __init__(
+        self,
+        ids: npt.NDArray[np.int32],
+        trained: npt.NDArray[np.bool_],
+        offsets: npt.NDArray[np.int64],
+        report: RowReport,
+    ) -> None:
         self._ids, self._trained, self._offsets = ids, trained, offsets
         self.lengths: npt.NDArray[np.int64] = np.diff(offsets)
         self.report = report
@@ -54,12 +60,12 @@ class Rows(Sequence[dict[str, list[int]]]):
         index %= len(self)
         return int(self._offsets[index]), int(self._offsets[index + 1])
 
-    def ids(self, index: int) -> Ids:
+    def ids(self, index: int) -> npt.NDArray[np.int32]:
         """Token ids of a row, (seq,): a view, not a copy."""
         begin, end = self._bounds(index)
         return self._ids[begin:end]
 
-    def labels(self, index: int) -> Ids:
+    def labels(self, index: int) -> npt.NDArray[np.int32]:
         """Labels of a row, (seq,)."""
         begin, end = self._bounds(index)
         return np.where(self._trained[begin:end], self._ids[begin:end], np.int32(NO_LOSS))
@@ -118,8 +124,8 @@ class _Maker:
         self.encoder = Encoder(tokenizer)
         self.template: ChatTemplate | None = None
         self._checked = 0
-        self._piece: list[tuple[Ids, npt.NDArray[np.bool_]]] = []
-        self._ids: list[Ids] = []
+        self._piece: list[tuple[Ids, Ranges]] = []
+        self._ids: list[npt.NDArray[np.int32]] = []
         self._trained: list[npt.NDArray[np.bool_]] = []
         self._lengths: list[npt.NDArray[np.int64]] = []
 
@@ -133,12 +139,23 @@ class _Maker:
             self._pairs(names, values, answers)
         else:
             self._chats(names, values, answers)
-        if self._piece:
-            # One array a piece: small arrays cost more than the ids in them.
-            self._ids.append(np.concatenate([ids for ids, _ in self._piece]))
-            self._trained.append(np.concatenate([trained for _, trained in self._piece]))
-            self._lengths.append(np.array([len(ids) for ids, _ in self._piece], dtype=np.int64))
-            self._piece = []
+        self._flush()
+
+    def _flush(self) -> None:
+        """One array for a piece: small arrays cost more than the ids in them."""
+        lengths = np.array([len(ids) for ids, _ in self._piece], dtype=np.int64)
+        total = int(lengths.sum())
+        trained = np.zeros(total, dtype=np.bool_)
+        at = 0
+        for ids, ranges in self._piece:
+            for begin, end in ranges:
+                trained[at + begin : at + end] = True
+            at += len(ids)
+        flat = itertools.chain.from_iterable(ids for ids, _ in self._piece)
+        self._ids.append(np.fromiter(flat, dtype=np.int32, count=total))
+        self._trained.append(trained)
+        self._lengths.append(lengths)
+        self._piece = []
 
     def rows(self, report: RowReport) -> Rows:
         """All rows; the maker is empty afterwards."""
@@ -154,7 +171,7 @@ class _Maker:
     def _texts(self, names: Sequence[str], texts: Sequence[str]) -> None:
         for name, raw in zip(names, self.encoder.heads(texts, self.counts.limit), strict=True):
             ids = self.encoder.end(self.encoder.start(raw)[0])
-            self._keep(name, ids, np.ones(len(ids), dtype=np.bool_))
+            self._keep(name, ids, [(0, len(ids))])
 
     def _pairs(self, names: Sequence[str], values: Sequence[tuple[str, str]], answers: bool) -> None:
         prompts = [fill_prompt(self.prompt_template, prompt) for prompt, _ in values]
@@ -163,14 +180,11 @@ class _Maker:
         for name, prompt, response, (raw, head, split) in zip(names, prompts, responses, found, strict=True):
             ids, moved = self.encoder.start(raw)
             ids = self.encoder.end(ids)
-            trained = np.ones(len(ids), dtype=np.bool_)
-            if answers:
-                trained[: head + moved] = False
             if split:
                 self.counts.split.add(name)
             if prompt[-1:].isalnum() and response[:1].isalnum():
                 self.counts.touching.add(name)
-            self._keep(name, ids, trained)
+            self._keep(name, ids, [(head + moved if answers else 0, len(ids))])
 
     def _chats(self, names: Sequence[str], chats: Sequence[list[dict[str, Any]]], answers: bool) -> None:
         if self.template is None:
@@ -187,26 +201,23 @@ class _Maker:
         encoded = self.encoder.spans(
             [chat.text for _, chat in good], [chat.seams for _, chat in good], [chat.spans for _, chat in good]
         )
-        for (name, chat), (raw, mask, split) in zip(good, encoded, strict=True):
+        for (name, chat), (raw, ranges, split) in zip(good, encoded, strict=True):
             ids, moved = self.encoder.start(raw)
-            trained = np.concatenate([np.zeros(max(moved, 0), dtype=np.bool_), mask[max(-moved, 0) :]])
+            if moved:
+                ranges = [(max(begin + moved, 0), max(end + moved, 0)) for begin, end in ranges]
             if self.encoder.prefix and moved > 0:
                 self.counts.unmarked.add(name)
             if chat.open_ended:
                 self.counts.unstopped.add(name)
-                if trained.any() and chat.spans[-1][1] >= len(chat.text.rstrip()):
-                    ids, trained = self._closed(ids, trained)
+                if chat.spans[-1][1] >= len(chat.text.rstrip()):
+                    # No end of turn: the EOS becomes the last trained token.
+                    ids = self.encoder.end(ids[: ranges[-1][1]])
+                    ranges[-1] = ranges[-1][0], len(ids)
             if not answers:
-                trained = np.ones(len(ids), dtype=np.bool_)
+                ranges = [(0, len(ids))]
             if split:
                 self.counts.split.add(name)
-            self._keep(name, ids, trained)
-
-    def _closed(self, ids: Ids, trained: npt.NDArray[np.bool_]) -> tuple[Ids, npt.NDArray[np.bool_]]:
-        """A chat whose template writes no end of turn, with the EOS as its last trained token."""
-        last = int(trained.nonzero()[0][-1]) + 1
-        closed = self.encoder.end(ids[:last])
-        return closed, np.append(trained[: len(closed) - 1], self.encoder.eos is not None)[: len(closed)]
+            self._keep(name, ids, ranges)
 
     def _check_prompt(self, name: str, messages: Sequence[Mapping[str, Any]], chat: Chat) -> None:
         assert self.template is not None
@@ -215,22 +226,22 @@ class _Maker:
         if prompt is not None and not chat.text.startswith(prompt):
             self.counts.unlike.add(name)
 
-    def _keep(self, name: str, ids: Ids, trained: npt.NDArray[np.bool_]) -> None:
+    def _keep(self, name: str, ids: Ids, ranges: Ranges) -> None:
         counts = self.counts
         cut = len(ids) > counts.limit
         if cut:
-            ids, trained = ids[: counts.limit], trained[: counts.limit]
-        trained[:1] = False
-        labels = int(np.count_nonzero(trained))
-        if not labels:
+            ids = ids[: counts.limit]
+        # The first token has nothing before it that could predict it.
+        ranges = [(max(begin, 1), min(end, len(ids))) for begin, end in ranges if max(begin, 1) < min(end, len(ids))]
+        if not ranges:
             counts.drop(name)
             return
         if cut:
             counts.cut.add(name)
         counts.rows += 1
         counts.tokens += len(ids)
-        counts.trained += labels
-        self._piece.append((ids, trained))
+        counts.trained += sum(end - begin for begin, end in ranges)
+        self._piece.append((ids, ranges))
 
 
 def make_rows(

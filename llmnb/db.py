@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import llm as llm_room
 from .checkpoint import Checkpoint
 from .config import ModelSpec, TrainConfig
 from .errors import ConfigError, DataError, Fault, LlmnbError, NotFound, near
@@ -18,6 +17,8 @@ from .events import Event
 from .launch.machine import gpus_visible
 from .launch.run import Run
 from .launch.start import launch
+from .llm import LLM
+from .model import Model, connected
 from .pipelines import Pipeline, TextClassification
 from .query import Query
 from .store import Store, open_store
@@ -25,7 +26,7 @@ from .trainer import LLMTrainer, Parcel, settle
 
 __all__ = ["Datalayer", "connect"]
 
-Model = llm_room.LLM | Pipeline
+_CLASSES: dict[str, type[LLM] | type[Pipeline]] = {"causal-lm": LLM, "text-classification": TextClassification}
 KINDS = ("checkpoint", "model", "run", "trainer")
 
 
@@ -56,7 +57,7 @@ class Datalayer:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        llm_room.connected(self)
+        connected(self)
 
     def __repr__(self) -> str:
         return f"<llmnb database {self.store.describe()}>"
@@ -233,8 +234,8 @@ class Datalayer:
             return LLMTrainer.from_config(TrainConfig.from_json(found[0]["config"]))
         record = self.store.models.get(identifier, version)
         spec = ModelSpec.from_json(record["spec"])
-        cls = {"causal-lm": llm_room.LLM, "text-classification": TextClassification}.get(spec.task, Pipeline)
-        model: Model = cls.from_spec(spec)
+        cls = _CLASSES.get(spec.task, Pipeline)
+        model = cls.from_spec(spec)
         model._database = self
         if record.get("checkpoint"):
             model._adopt(self.load("checkpoint", record["checkpoint"]))

@@ -13,10 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint
 from .config import ModelSpec, thaw
-from .errors import ConfigError, Fault, LlmnbError, ModelError
-from .llm import Database, plain_kwargs
+from .errors import ConfigError, Fault, ModelError
+from .model import Model, plain_kwargs
 from .trainer import LLMTrainer
 
 __all__ = ["Pipeline", "TextClassification"]
@@ -24,7 +23,7 @@ __all__ = ["Pipeline", "TextClassification"]
 _FUNCTIONS = ("preprocess", "postprocess")
 
 
-class Pipeline:
+class Pipeline(Model):
     """A transformers pipeline (https://huggingface.co/docs/transformers/main_classes/pipelines).
 
     Args:
@@ -67,9 +66,10 @@ class Pipeline:
             faults.append(Fault("trainer", what, "use TextClassification or LLM"))
         if faults:
             raise ConfigError(faults)
-        self.preprocess, self.postprocess, self.trainer = preprocess, postprocess, trainer
+        self.preprocess, self.postprocess = preprocess, postprocess
         self._missing: dict[str, str] = {}
-        self._spec = ModelSpec(
+        self._pipe: Any = None
+        spec = ModelSpec(
             identifier=identifier,
             model_name_or_path=str(model_name_or_path),
             task=task,
@@ -77,10 +77,7 @@ class Pipeline:
             tokenizer_kwargs=plain_kwargs("tokenizer_kwargs", tokenizer_kwargs),
             predict_kwargs=plain_kwargs("predict_kwargs", predict_kwargs),
         )
-        self._tuned: Checkpoint | None = None
-        self._pipe: Any = None
-        self._database: Database | None = None
-        self._run: str | None = None
+        super().__init__(spec, trainer)
 
     @classmethod
     def from_spec(cls, spec: ModelSpec, trainer: LLMTrainer | None = None) -> Pipeline:
@@ -98,11 +95,6 @@ class Pipeline:
         )
         model._missing = dict(spec.functions)
         return model
-
-    @property
-    def identifier(self) -> str:
-        """The pipeline's name in the database."""
-        return self._spec.identifier
 
     def spec(self) -> ModelSpec:
         """The description that is stored."""
@@ -146,23 +138,12 @@ class Pipeline:
         return [self.postprocess(o) for o in outputs] if self.postprocess else list(outputs)
 
     def _loaded(self) -> Any:
-        if self._tuned is None and self._run and self._database is not None:
-            found = self._database.answering(self._run)
-            if found is not None:
-                self._adopt(found)
+        tuned = self.checkpoint
         if self._pipe is None:
             from .engine.pipes import build
 
-            self._pipe = build(self._spec, Path(str(self._tuned.path)) if self._tuned is not None else None)
+            self._pipe = build(self._spec, Path(str(tuned.path)) if tuned is not None else None)
         return self._pipe
-
-    def _adopt(self, checkpoint: Checkpoint) -> None:
-        self.close()
-        self._tuned = checkpoint
-
-    def _follow(self, database: Database, run: str) -> None:
-        self.close()
-        self._database, self._run, self._tuned = database, run, None
 
     def close(self) -> None:
         """Gives the memory of the weights back."""
@@ -202,25 +183,6 @@ class TextClassification(Pipeline):
             trainer=trainer,
             **more,
         )
-
-    def fit(
-        self,
-        X: Any = None,
-        select: Any = None,
-        configuration: LLMTrainer | None = None,
-        db: Database | None = None,
-        *,
-        wait: bool = True,
-        **settings: Any,
-    ) -> Any:
-        """Trains on a selection; see ``LLM.fit``. ``X`` is the pair (text column, label column)."""
-        database = db or self._database
-        if database is None:
-            raise LlmnbError("fit needs a database.", todo="model.fit(…, db=connect(…))")
-        given = {"key": X, "select": select}
-        base = configuration or self.trainer or LLMTrainer()
-        self.trainer = base.copy(**{k: v for k, v in given.items() if v is not None}, **settings)
-        return database.apply(self, wait=wait)
 
 
 def _source(function: Callable[..., Any]) -> str:

@@ -58,29 +58,6 @@ def mongo_uri(mongod):
         client.drop_database(name)
 
 
-@pytest.fixture(scope="session")
-def mongod(tmp_path_factory):
-    """A real mongod of this test session (an embedded one), ended with it."""
-    from llmnb.store import embedded
-
-    server = embedded.start(tmp_path_factory.mktemp("mongod"))
-    yield server
-    embedded.stop(server.home)
-
-
-@pytest.fixture
-def mongo_uri(mongod):
-    """Address of a fresh database on the real mongod; dropped afterwards."""
-    import uuid
-
-    import pymongo
-
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    yield mongod.uri.replace("/llmnb?", f"/{name}?")
-    with pymongo.MongoClient(mongod.uri) as client:
-        client.drop_database(name)
-
-
 @pytest.fixture(params=[pytest.param("mongod", marks=pytest.mark.mongod), "mongomock"])
 def store(request, tmp_path):
     """An open, empty store: once on a real mongod, once on mongomock. ``tmp_path / "home"`` is its home."""

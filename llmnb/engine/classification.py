@@ -271,5 +271,6 @@ class _Reader:
         text, label = values
         if isinstance(label, float) and label.is_integer():
             label = int(label)
-        fits = isinstance(text, str) and text.strip() and isinstance(label, (int, str)) and label != ""
-        return (text, label) if fits else None
+        if not isinstance(text, str) or not text.strip() or not isinstance(label, (int, str)) or label == "":
+            return None
+        return text, label

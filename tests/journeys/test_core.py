@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -121,8 +123,6 @@ def test_another_process_with_only_the_uri_gives_the_same_answer(mongo_uri, tiny
         "import json, os; from llmnb import connect; db = connect(os.environ['LLMNB_URI'], home=os.environ['HOME2']);"
         "print(json.dumps(db.load('model', 'sums').predict('7+1=', max_new_tokens=8)))"
     )
-    import os
-
     env = {**os.environ, "LLMNB_URI": mongo_uri, "HOME2": str(tmp_path / "elsewhere")}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert json.loads(out.stdout.splitlines()[-1]) == llm.predict("7+1=", max_new_tokens=8)
@@ -151,7 +151,7 @@ def test_removing_one_of_two_models_that_share_bytes_leaves_the_other(db, tiny_l
     one = db.apply(model(tiny_llama, tmp_path, "one", save_steps=4))
     two = db.apply(model(tiny_llama, tmp_path, "two", save_steps=4))
     same = [db.load("checkpoint", run.id) for run in (one, two)]
-    weights = [open(f"{c.path}/adapter_model.safetensors", "rb").read() for c in same]
+    weights = [(Path(c.path) / "adapter_model.safetensors").read_bytes() for c in same]
     assert weights[0] == weights[1]  # same seed, same data: the same bytes, stored once
     answer = db.load("model", "two").predict("1+1=", max_new_tokens=4)
     db.remove("model", "one")

@@ -99,7 +99,7 @@ def test_qlora_then_load_a_specified_checkpoint(db, texts, tiny_llama):
         identifier="llm",
         model_name_or_path=tiny_llama,
         adapter_id=checkpoint,
-        model_kwargs=dict(load_in_4bit=True),  # noqa: C408
+        model_kwargs=dict(load_in_4bit=True),
     )
     assert isinstance(llm.predict("textwrap.", max_new_tokens=5), str)
 

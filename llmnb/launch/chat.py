@@ -1,0 +1,333 @@
+"""Chat in a process of its own: the caller loads no torch, and no traceback of the caller's holds the model's memory.
+
+``ChatProcess`` is the caller's end; ``python -m llmnb.launch.chat`` is the other, which loads a base model once and
+swaps adapters on it. They talk in JSON lines over the child's standard input and output: the model's description and the
+questions go down, pieces of text come up. The child ends when its input ends, so it never outlives its parent.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from ..config import ModelSpec
+from ..errors import LlmnbError, ModelError
+
+__all__ = ["ChatProcess"]
+
+Question = str | Sequence[Mapping[str, Any]]
+
+
+class ChatProcess:
+    """A process that answers for one base model and its adapters. It starts with the first question.
+
+    Args:
+        spec: the base model; nothing of it appears in the process list.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._child: _Child | None = None
+        self._lock = threading.Lock()
+        self._count = 0
+        self._asked: int | None = None
+
+    def __repr__(self) -> str:
+        state = f"process {self.pid}" if self.alive else "not running"
+        return f"<ChatProcess {self._spec.model_name_or_path}: {state}>"
+
+    @property
+    def alive(self) -> bool:
+        """True while the process runs."""
+        return self._child is not None and self._child.alive
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id, None before the first question."""
+        return self._child.process.pid if self._child is not None else None
+
+    def ask(self, question: Question, *, adapter: str | Path | None = None, **sampling: Any) -> Iterator[str]:
+        """Asks, and gives the answer piece by piece.
+
+        Closing the iterator, or ``stop()``, ends the answer; what came so far stays with the caller.
+
+        Args:
+            question: a text, or chat messages.
+            adapter: folder of the adapter that answers; None: the base itself.
+            **sampling: options of ``generate``.
+
+        Raises:
+            LlmnbError: what the model's side raised; the process lives on.
+            ModelError: the process ended (out of memory, mostly); the next question starts a new one.
+        """
+        with self._lock:
+            if self._child is None or not self._child.alive:
+                self._child = _Child(self._spec)
+            child = self._child
+            self._count += 1
+            number = self._asked = self._count
+        pieces = child.listen(number)
+        try:
+            child.send({"ask": number, "question": _plain(question), "adapter": _folder(adapter), "options": sampling})
+            yield from _answer(child, pieces)
+        finally:
+            child.forget(number)
+            with contextlib.suppress(ModelError):
+                child.send({"stop": number})
+
+    def stop(self) -> None:
+        """Ends the answer that is being given. Without one, nothing happens."""
+        if self._child is not None and self._asked is not None and self._child.alive:
+            with contextlib.suppress(ModelError):
+                self._child.send({"stop": self._asked})
+
+    def close(self) -> None:
+        """Ends the process and so gives all of its memory back. The next question would start a new one."""
+        with self._lock:
+            child, self._child = self._child, None
+        if child is not None:
+            child.close()
+
+    def __enter__(self) -> ChatProcess:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()
+
+
+def _answer(child: _Child, pieces: queue.SimpleQueue[dict[str, Any]]) -> Iterator[str]:
+    while True:
+        said = pieces.get()
+        if "piece" in said:
+            yield said["piece"]
+        elif "error" in said:
+            raise pickle.loads(base64.b64decode(said["error"]))  # our own child wrote it, through a private pipe
+        elif "gone" in said:
+            raise ModelError(
+                "The chat's process has ended.",
+                seen=child.last_words() or f"exit status {child.process.poll()}",
+                todo="ask again: a new one is started. When memory was short, use bits=4 or a smaller model",
+            )
+        else:
+            return
+
+
+def _plain(question: Question) -> Any:
+    return question if isinstance(question, str) else [dict(message) for message in question]
+
+
+def _folder(adapter: str | Path | None) -> str | None:
+    return None if adapter is None else str(adapter)
+
+
+class _Child:
+    """The running process, its pipes, and who waits for which answer."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        root = str(Path(__file__).resolve().parents[2])
+        paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        env = {k: v for k, v in os.environ.items() if k not in ("LLMNB_URI", "MPLBACKEND")}
+        env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the child: a pipe would have to be drained
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "llmnb.launch.chat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=env,
+            start_new_session=True,  # an interrupt typed at the caller's terminal is the caller's
+        )
+        self._end = weakref.finalize(self, _finish, self.process)
+        self._writing = threading.Lock()
+        self._listeners: dict[int, queue.SimpleQueue[dict[str, Any]]] = {}
+        self._gone = False
+        threading.Thread(target=_read, args=(self.process.stdout, weakref.ref(self)), daemon=True).start()
+        self.send({"spec": spec.to_json()})
+
+    @property
+    def alive(self) -> bool:
+        return not self._gone and self.process.poll() is None
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Raises ModelError when the child is gone."""
+        line = json.dumps(message, default=str).encode() + b"\n"
+        assert self.process.stdin is not None
+        try:
+            with self._writing:
+                self.process.stdin.write(line)
+                self.process.stdin.flush()
+        except (OSError, ValueError) as error:
+            seen = self.last_words() or f"exit status {self.process.poll()}"
+            raise ModelError("The chat's process has ended.", seen=seen, todo="ask again") from error
+
+    def listen(self, number: int) -> queue.SimpleQueue[dict[str, Any]]:
+        box: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._listeners[number] = box
+        if self._gone:
+            box.put({"gone": True})
+        return box
+
+    def forget(self, number: int) -> None:
+        self._listeners.pop(number, None)
+
+    def heard(self, message: dict[str, Any]) -> None:
+        """On the reading thread."""
+        box = self._listeners.get(message.get("number", 0))
+        if box is not None:
+            box.put(message)
+
+    def lost(self) -> None:
+        """On the reading thread: the child's output ended."""
+        self._gone = True
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(2.0)
+        for box in list(self._listeners.values()):
+            box.put({"gone": True})
+
+    def last_words(self) -> str:
+        """The end of what the child wrote to standard error."""
+        with contextlib.suppress(OSError, ValueError):
+            descriptor = self._log.fileno()
+            size = os.fstat(descriptor).st_size
+            return os.pread(descriptor, 800, max(size - 800, 0)).decode("utf-8", "replace").strip()
+        return ""
+
+    def close(self) -> None:
+        self._end()
+
+
+def _finish(process: subprocess.Popen[bytes]) -> None:
+    """Its input ends, then it does; when it is stuck, it is killed."""
+    with contextlib.suppress(OSError):
+        if process.stdin is not None:
+            process.stdin.close()
+    try:
+        process.wait(2.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(5.0)
+
+
+def _read(pipe: IO[bytes], child: weakref.ref[_Child]) -> None:
+    for line in pipe:
+        me = child()
+        if me is None:
+            return
+        with contextlib.suppress(ValueError):
+            me.heard(json.loads(line))
+        del me
+    me = child()
+    if me is not None:
+        me.lost()
+
+
+# --- the other end --------------------------------------------------------------------------------------------
+
+
+class _Server:
+    """Answers questions from standard input, one after another."""
+
+    def __init__(self, out: IO[bytes]) -> None:
+        self._out = out
+        self._questions: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._stopped: set[int] = set()
+        self._spec: ModelSpec | None = None
+        self._answerer: Any = None
+
+    def listen(self, lines: IO[bytes]) -> None:
+        """On a thread: takes questions in; a stop is heard while an answer is given. The end of input is the end."""
+        for line in lines:
+            message = json.loads(line)
+            if "stop" in message:
+                self._stopped.add(int(message["stop"]))
+            else:
+                self._questions.put(message)
+        os._exit(0)  # whatever is being computed: nobody is there to read it
+
+    def serve(self) -> None:
+        """On the main thread."""
+        while True:
+            message = self._questions.get()
+            if "spec" in message:
+                self._spec = ModelSpec.from_json(message["spec"])
+                continue
+            number = int(message["ask"])
+            try:
+                self._answer(number, message)
+            except Exception as error:  # noqa: BLE001 - the border of the process: the caller raises it
+                self._say({"number": number, "error": base64.b64encode(pickle.dumps(_own(error))).decode()})
+                error.__traceback__ = None  # its frames hold tensors
+
+    def _answer(self, number: int, message: Mapping[str, Any]) -> None:
+        if number not in self._stopped:
+            self._ready(message.get("adapter"))
+            for piece in self._pieces(message, number):
+                self._say({"number": number, "piece": piece})
+        self._say({"number": number, "end": True})
+        self._stopped.discard(number)
+
+    def _pieces(self, message: Mapping[str, Any], number: int) -> Iterator[str]:
+        stream = self._answerer.stream(message["question"], **message["options"])
+        try:
+            for piece in stream:
+                if number in self._stopped:
+                    return
+                if piece:
+                    yield piece
+        finally:
+            stream.close()
+
+    def _ready(self, adapter: str | None) -> None:
+        if self._answerer is None:
+            from ..engine.generation import Answerer
+
+            self._answerer = Answerer(self._spec, Path(adapter) if adapter else None)  # type: ignore[arg-type]
+        else:
+            self._answerer.swap(Path(adapter) if adapter else None)
+
+    def _say(self, message: Mapping[str, Any]) -> None:
+        self._out.write(json.dumps(message).encode() + b"\n")
+        self._out.flush()
+
+
+def _own(error: Exception) -> LlmnbError:
+    """The caller may have no torch, so only errors of our own cross."""
+    if isinstance(error, LlmnbError):
+        return error
+    todo = "use bits=4, or a smaller model" if "out of memory" in str(error).lower() else None
+    return ModelError("The model could not answer.", seen=f"{type(error).__name__}: {error}", todo=todo)
+
+
+def _watch_parent() -> None:
+    """For the case that a third process holds the other end of our input: without its parent the child ends, too."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(0)
+
+
+def main() -> None:
+    """``python -m llmnb.launch.chat``."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print must not stand between the answers
+    server = _Server(out)
+    threading.Thread(target=server.listen, args=(os.fdopen(os.dup(0), "rb"),), daemon=True).start()
+    threading.Thread(target=_watch_parent, daemon=True).start()
+    server.serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -6,13 +6,14 @@ Knows which precision a machine can do, and which settings need each other. Load
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig, thaw
-from ..errors import ConfigError, DataError, Fault, near
+from ..errors import ConfigError, DataError, Fault, RunError, near
 from ..events import Event, Note
 
 __all__ = ["Plan", "make_plan", "trainer_options"]
@@ -61,6 +62,7 @@ def make_plan(config: TrainConfig, output: Path, *, eval_names: tuple[str, ...],
     Raises:
         ConfigError: settings that transformers refuses.
         DataError: an evaluation is asked for and there are no rows for it.
+        RunError: several ranks that do not find each other.
     """
     import torch
     from transformers import TrainingArguments
@@ -91,15 +93,25 @@ def make_plan(config: TrainConfig, output: Path, *, eval_names: tuple[str, ...],
         **given,
         "output_dir": str(output),
     }
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if config.deepspeed is not None:
         values["deepspeed"] = thaw(config.deepspeed)
         _start_deepspeed(cuda)
+    elif ranks > 1 and not cuda:
+        # Unless it is told so, Trainer sees no ranks on a machine without a GPU, and each would train alone.
+        values["use_cpu"] = True
     try:
         arguments = TrainingArguments(**values)
     except (TypeError, ValueError, KeyError, ImportError) as error:
         raise ConfigError([Fault("arguments", str(error))]) from error
     arguments.n_gpu  # noqa: B018 - found out now, so that it can be set: one process trains on one device
     arguments._n_gpu = min(arguments._n_gpu, 1)
+    if arguments.world_size != ranks:
+        raise RunError(
+            f"There are {ranks} ranks, and each would train alone.",
+            seen=f"WORLD_SIZE={ranks}; transformers sees {arguments.world_size}",
+            todo="set LOCAL_RANK, RANK, MASTER_ADDR and MASTER_PORT for every rank",
+        )
     # LoRA's frozen base may be in 16 bits; weights that are trained never are.
     base_dtype = precision if config.use_lora else "float32"
     chooses = arguments.metric_for_best_model is not None

@@ -48,9 +48,11 @@ def chat(tiny_llama, tmp_path_factory):
     """One for all tests here, beside a library that prints when it is imported."""
     noisy = tmp_path_factory.mktemp("noisy")
     (noisy / "sitecustomize.py").write_text("import sys; print('hello from a library'); sys.stdout.flush()\n")
-    with pytest.MonkeyPatch.context() as patch, ChatProcess(ModelSpec(model_name_or_path=tiny_llama)) as chat:
-        patch.setenv("PYTHONPATH", f"{noisy}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with ChatProcess(ModelSpec(model_name_or_path=tiny_llama)) as chat:
         assert chat.pid is None and not chat.alive
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", f"{noisy}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+            assert list(chat.ask("hello", max_new_tokens=2))
         yield chat
 
 

@@ -1,8 +1,8 @@
 """Chat in a process of its own: the caller loads no torch, and no traceback of the caller's holds the model's memory.
 
 ``ChatProcess`` is the caller's end; ``python -m llmnb.launch.chat`` is the other, which loads a base model once and
-swaps adapters on it. They talk in JSON lines over the child's standard input and output: the model's description and the
-questions go down, pieces of text come up. The child ends when its input ends, so it never outlives its parent.
+swaps adapters on it. They talk in JSON lines over the child's standard input and output: the model's description and
+the questions go down, pieces of text come up. The child ends when its input ends, so it never outlives its parent.
 """
 
 from __future__ import annotations

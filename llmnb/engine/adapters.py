@@ -30,9 +30,7 @@ __all__ = [
 # --- a new adapter ------------------------------------------------------------------------------------------
 
 
-def attach_lora(
-    model: Any, config: TrainConfig, new_tokens: Sequence[int] = (), task: str = "CAUSAL_LM"
-) -> Any:
+def attach_lora(model: Any, config: TrainConfig, new_tokens: Sequence[int] = (), task: str = "CAUSAL_LM") -> Any:
     """Puts a new LoRA adapter on a base; everything else is frozen.
 
     Adapter weights are float32 whatever the base is, because small updates vanish in 16 bits.
@@ -234,11 +232,12 @@ def load_adapter(model: Any, folder: Path, *, name: str = "default", trainable: 
     """
     from peft import PeftConfig, PeftModel
     from peft.utils import load_peft_weights, set_peft_model_state_dict
+    from safetensors import SafetensorError
 
     try:
         config = PeftConfig.from_pretrained(str(folder))
         weights = load_peft_weights(str(folder), device="cpu")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The adapter in {folder} cannot be read.", seen=error) from error
     config.inference_mode = not trainable
     try:

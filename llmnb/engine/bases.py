@@ -115,6 +115,7 @@ def load_base(
         MissingPackage: bitsandbytes is needed.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kwargs = translate_kwargs(spec.model_kwargs)
@@ -131,7 +132,7 @@ def load_base(
     try:
         with quiet():
             model = auto.from_pretrained(_name(spec), **kwargs)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise explain(spec.model_name_or_path, error, "model") from error
     except TypeError as error:
         raise ModelError(
@@ -163,8 +164,13 @@ def load_tokenizer(spec: ModelSpec, folder: str | Path | None = None) -> Any:
         kwargs = {k: v for k, v in kwargs.items() if k not in HUB}
     else:
         check_path(spec.model_name_or_path)
+    more = kwargs.pop("additional_special_tokens", None)
     try:
-        return AutoTokenizer.from_pretrained(name, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+        if more:
+            # transformers 5 takes this only after loading; the tokens that the tokenizer has already stay.
+            tokenizer.add_special_tokens({"additional_special_tokens": more}, replace_extra_special_tokens=False)
+        return tokenizer
     except (OSError, ValueError, ImportError) as error:
         raise explain(spec.model_name_or_path, error, "tokenizer") from error
 

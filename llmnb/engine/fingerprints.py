@@ -1,10 +1,11 @@
 """Which weights a base has, told from a small sample of them.
 
 An adapter belongs to one base. Its name does not say which: folders are moved, hub repositories change. The
-fingerprint does: model type and sizes, the names and shapes of all tensors, and up to 32 evenly spaced elements of
-each. Elements are compared as bfloat16, so that the same weights stored as float32, float16 or bfloat16 are the same
-base, and it is read from the base's own files, so that a quantised load is the same base too. Reads a few
-kilobytes of each file; a model of 8 billion parameters takes about as long as one of 8 million.
+fingerprint does: model type and sizes, the layer and shape of each tensor, and up to 32 evenly spaced elements of
+it. Names are left out, because transformers renames tensors when it loads and saves. Elements are compared as
+bfloat16, so that the same weights stored as float32, float16 or bfloat16 are the same base, and they are read from the
+base's own files, so that a quantised load is the same base too. Reads a few kilobytes of each file: a model of 8
+billion parameters takes about as long as one of 8 million.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -61,8 +63,8 @@ def fingerprint(model_or_path: Any, **where: Any) -> str:
 def _digest(config: Any, samples: Iterable[tuple[str, tuple[int, ...], bytes]]) -> str:
     digest = hashlib.sha256()
     digest.update(json.dumps({name: getattr(config, name, None) for name in _SIZES}, default=str).encode())
-    for name, shape, data in sorted(samples):
-        digest.update(f"{name}{list(shape)}".encode())
+    for layer, shape, data in sorted((re.findall(r"\d+", name), shape, data) for name, shape, data in samples):
+        digest.update(f"{layer}{list(shape)}".encode())
         digest.update(data)
     return digest.hexdigest()[:32]
 

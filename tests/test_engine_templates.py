@@ -146,6 +146,13 @@ def test_trap06_marks_of_the_template_are_followed():
     assert [int(label != -100) for label in want[1]] == theirs["assistant_masks"]
 
 
+def test_trap06_a_template_that_marks_only_the_last_answer_trains_only_that():
+    template = MARKED.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last")
+    tokenizer = make_tokenizer(CHATML, template=template)
+    _, labels, _ = row_of(CHAT, tokenizer)
+    assert tokenizer.decode([x for x in labels if x != -100]) == "because light scatters\nthanks<|im_end|>"
+
+
 def test_trap05_marks_that_leave_out_the_end_of_turn_are_made_to_reach_it():
     template = MARKED.replace(
         "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}",

@@ -1,7 +1,8 @@
 """The ``llmnb`` command: the same words as the magics, for a terminal.
 
 Every sub-command is a thin line over the Python API and prints at most about a screen. This room knows no driver, no
-torch, no Ray and no notebook. Nothing heavy is loaded before a sub-command needs it, so ``llmnb --help`` answers at once.
+torch, no Ray and no notebook. Nothing heavy is loaded before a sub-command needs it, so ``llmnb --help`` answers at
+once.
 """
 
 from __future__ import annotations

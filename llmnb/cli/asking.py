@@ -72,7 +72,7 @@ def _of_checkpoint(database: Datalayer, name: str | None) -> tuple[LLM, str]:
     if config.get("prompt_template"):
         spec = replace(spec, prompt_template=config["prompt_template"])
     model = LLM.from_spec(replace(spec, adapter_id=None))
-    model._adopt(checkpoint)
+    model.adapter_id = checkpoint
     print(f"{checkpoint} on {spec.model_name_or_path}", file=sys.stderr)
     return model, _form(config)
 

@@ -1,7 +1,8 @@
 """``llmnb doctor``: what this machine can do, and what to do about what it cannot.
 
 Needs nothing but Python's standard library: a package that is missing or broken is a finding, not a failure. Heavy
-packages are imported in processes of their own, all at the same time, each with a time limit. Nothing is started or changed.
+packages are imported in processes of their own, all at the same time, each with a time limit. Nothing is started or
+changed.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ def hush() -> None:
     """To be called before anything heavy is imported."""
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
-    for name in ("transformers", "torch", "peft", "accelerate", "datasets"):
+    for name in ("transformers", "torch", "peft", "accelerate", "datasets", "bitsandbytes", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed reports the accelerator it found on standard output, at import.
     os.environ.setdefault("DS_LOG_LEVEL", "error")

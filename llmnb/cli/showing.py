@@ -45,8 +45,11 @@ def _collections(database: Datalayer, name: str | None) -> None:
 
 
 def _models(database: Datalayer, name: str | None) -> None:
+    known = database.show("model")
+    if name is not None and name not in known:
+        raise NotFound("model", name, known)
     rows = []
-    for identifier in database.show("model") if name is None else [name]:
+    for identifier in known if name is None else [name]:
         for version in database.store.models.versions(identifier):
             record = database.store.models.get(identifier, version)
             base = record["spec"]["model_name_or_path"]

@@ -1,8 +1,8 @@
 """A real data set and a small model, made on this machine with no network.
 
 The data set is the documentation of Python's standard library, as questions and answers; the model is a small Llama
-that was pre-trained on the same documentation as plain text. ``llmnb quickstart`` and the tutorials run on them. This room
-knows the engine and a database that it is given; ``extract`` is run in a process of its own.
+that was pre-trained on the same documentation as plain text. ``llmnb quickstart`` and the tutorials run on them. This
+room knows the engine and a database that it is given; ``extract`` is run in a process of its own.
 """
 
 from __future__ import annotations

@@ -25,37 +25,13 @@ from typing import Any
 # Left out: what opens windows or browsers, prints poems, installs packages, holds tests or tables only, or is
 # there on some machines and not on others with the same Python.
 SKIPPED = frozenset(
-    [
-        "antigravity",
-        "this",
-        "idlelib",
-        "test",
-        "tkinter",
-        "turtle",
-        "turtledemo",
-        "lib2to3",
-        "distutils",
-        "ensurepip",
-        "pydoc_data",
-        "encodings",
-        "sre_compile",
-        "sre_constants",
-        "sre_parse",
-        "nturl2path",
-        "msilib",
-        "msvcrt",
-        "winreg",
-        "winsound",
-        "nt",
-        "posix",
-        "posixpath",
-        "ntpath",
-        "genericpath",
-        "opcode",
-        "keyword",
+    (
+        "antigravity", "this", "idlelib", "test", "tkinter", "turtle", "turtledemo", "lib2to3", "distutils",
+        "ensurepip", "pydoc_data", "encodings", "sre_compile", "sre_constants", "sre_parse", "nturl2path", "msilib",
+        "msvcrt", "winreg", "winsound", "nt", "posix", "posixpath", "ntpath", "genericpath", "opcode", "keyword",
         "token",
-    ]
-)
+    )
+)  # fmt: skip
 _SIGNATURE_LINE = re.compile(r"^[\w.\s,|]*\(.*\)\s*(->.*|:|=.*)?$|^[\w.]+\(.*->.*$")
 _OBJECT = re.compile(r"<(?:class |function |built-in function |module )?'?([\w.]+)[^<>]*>")
 _ABBREVIATIONS = ("e.g.", "i.e.", "etc.", "vs.", "cf.", "approx.", "incl.", "resp.", "No.")

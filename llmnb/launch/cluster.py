@@ -44,6 +44,8 @@ __all__ = ["Cluster", "MARK", "ensure", "jobs_at", "listening", "status", "stop"
 
 MARK = "LLMNB_RAY_CLUSTER"
 _START_LIMIT_S = 180.0
+_ANSWER_LIMIT_S = 60.0
+_ORPHANS_S = 20.0  # for runs whose cluster died, to save a checkpoint
 # Ray's sockets live under this folder, and a socket's path may not be longer than 107 bytes.
 _LONGEST_TEMP = 40
 _MIB = 1 << 20
@@ -91,10 +93,12 @@ def ensure(home: str | Path) -> Cluster:
     home = _folder(home)
     with _locked(home):
         found = _find(home)
-        if found is not None:
-            return found
-        _end_marked(_mark(home))  # what a crash left behind
-        return _start(home)
+        if found is None:
+            _end_marked(_mark(home), _ORPHANS_S)  # what a crash left behind
+            return _start(home)
+        # It lives, and runs may be on it: one that is only slow must never be ended for a new one.
+        _until_it_answers(found)
+        return found
 
 
 def status(home: str | Path) -> Cluster | None:
@@ -180,10 +184,19 @@ def _find(home: Path) -> Cluster | None:
     found = _read(home)
     if found is None or not all(_alive(int(pid), born) for pid, born in found.pids.items()):
         return None
-    try:
-        return found if found.jobs().answers() else None
-    except OSError:
-        return None
+    return found if found.token_file.exists() else None
+
+
+def _until_it_answers(found: Cluster) -> None:
+    end = time.monotonic() + _ANSWER_LIMIT_S
+    while not found.jobs().answers():
+        if time.monotonic() > end:
+            raise LaunchError(
+                "Ray's Jobs API does not answer.",
+                seen=found.dashboard,
+                todo=f"see {found.temp_dir}/session_latest/logs; `llmnb ray stop` ends the cluster with all runs on it",
+            )
+        time.sleep(0.2)
 
 
 def _alive(pid: int, born: float) -> bool:
@@ -285,12 +298,11 @@ def _describe(home: Path, mark: str, temp: Path, dashboard: str) -> Cluster:
                 must_live[str(process.pid)] = process.create_time()
     address = (temp / "ray_current_cluster").read_text(encoding="ascii").strip()
     cluster = Cluster(mark, dashboard, address, str(temp), must_live, str(home))
-    end = time.monotonic() + 60.0
-    while not cluster.jobs().answers():
-        if time.monotonic() > end:
-            _end_marked(mark)
-            raise LaunchError("Ray's Jobs API does not answer.", seen=dashboard, todo=f"see {temp}/session_latest/logs")
-        time.sleep(0.2)
+    try:
+        _until_it_answers(cluster)
+    except LaunchError:
+        _end_marked(mark)
+        raise
     _private(home / "ray.json", json.dumps(asdict(cluster)))
     return cluster
 

@@ -72,7 +72,8 @@ class Run:
         except NotFound:
             return f"<Run {self.id}: removed>"
         parts = [record["state"]]
-        last = next(reversed(self.metrics()), None)
+        # The newest few events are enough: a long run has many.
+        last = next(reversed(_points(self.events(max(int(record.get("last_seq") or 0) - 20, 0)))), None)
         if last:
             steps = (record.get("counts") or {}).get("steps")
             parts.append(f"step {last['step']}" + (f"/{steps}" if steps else ""))
@@ -105,11 +106,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """One dict per logged point: step, epoch, time (seconds since the epoch), and the numbers of that point."""
-        return [
-            {"step": event.step, "epoch": event.epoch, "time": event.time, **event.values}
-            for event in self.events()
-            if isinstance(event, Metric)
-        ]
+        return _points(self._store.events.since(self.id, kinds=["metric"]) or self._spooled(0))
 
     def checkpoints(self) -> list[Checkpoint]:
         """Its checkpoints by step."""
@@ -297,6 +294,14 @@ class Run:
     def _jobs(self, record: dict[str, Any]) -> Any:
         address = record.get("ray_address")
         return cluster.jobs_at(address, record.get("ray_home")) if address else None
+
+
+def _points(events: list[Event]) -> list[dict[str, Any]]:
+    return [
+        {"step": event.step, "epoch": event.epoch, "time": event.time, **event.values}
+        for event in events
+        if isinstance(event, Metric)
+    ]
 
 
 def _said(kind: str, what: str, seen: str) -> dict[str, Any]:

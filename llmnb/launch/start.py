@@ -63,6 +63,7 @@ def launch(
         LlmnbError: a run in this process failed: its own error. A waited job that failed raises ``RunError``.
     """
     objects = dict(parcel_objects or {})
+    _refuse_what_is_not_built(config, objects)
     on_thread = store.in_process and not wait and not _asks_for_ray(config, objects)
     if store.in_process and (background or not wait) and not on_thread:
         raise LaunchError(
@@ -96,6 +97,22 @@ def launch(
     else:
         _here(job, store, on_event, progress)
     return run
+
+
+def _refuse_what_is_not_built(config: TrainConfig, objects: Mapping[str, Any]) -> None:
+    workers = int(objects.get("workers") or config.num_gpus or 1)
+    if workers > 1:
+        raise LaunchError(
+            "Training on several workers is not possible in this version.",
+            seen=f"{workers} workers",
+            todo="num_gpus=1",
+        )
+    if objects.get("ray_configs"):
+        raise LaunchError(
+            "ray_configs cannot be honoured in this version: a run on Ray has one worker.",
+            seen=", ".join(objects["ray_configs"]),
+            todo="on_ray=True without ray_configs",
+        )
 
 
 def _asks_for_ray(config: TrainConfig, objects: Mapping[str, Any]) -> bool:

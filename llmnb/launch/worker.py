@@ -119,11 +119,7 @@ class _Work:
     def _begin(self) -> None:
         run, runs = self.job.run, self.store.runs
         if self.job.workers > 1:
-            raise LaunchError(
-                "Training on more than one worker is not possible yet.",
-                seen=f"{self.job.workers} workers",
-                todo="num_gpus=1",
-            )
+            raise LaunchError("This worker carries a run of one process.", seen=f"{self.job.workers} workers")
         _claim(self.folder, run)
         me = psutil.Process()
         owner = {"host": socket.gethostname(), "pid": me.pid, "born": me.create_time()}
@@ -341,7 +337,7 @@ def told_of(error: BaseException, mask: Mask) -> dict[str, Any]:
     seen, todo = getattr(error, "seen", None), getattr(error, "todo", None)
     what = error.what if isinstance(error, LlmnbError) else str(error) or type(error).__name__
     if isinstance(error, OSError) and error.errno == 28:
-        todo = todo or "make room on the disk, or choose another output_dir; then run.resume()"
+        todo = todo or "make room on the disk, or choose another output_dir"
     return {
         "type": type(error).__name__,
         "what": mask(what),

@@ -140,6 +140,17 @@ def test_many_fetch_one_checkpoint_at_once(store, tmp_path):
     assert [p.name for p in (store.home / "cache").iterdir()] == [saved.digest]
 
 
+def test_what_a_killed_fetch_left_behind_goes_after_a_day(store, tmp_path):
+    write(tmp_path / "ckpt" / "adapter.safetensors", b"w")
+    saved = store.checkpoints.put("exp", 1, tmp_path / "ckpt")
+    old, new = (store.home / "cache" / name for name in (".part-old", ".part-new"))
+    for left in (old, new):
+        write(left / "half", b"")
+    os.utime(old, (0, 0))
+    store.checkpoints.fetch(saved)
+    assert not old.exists() and new.exists()
+
+
 # -- no space left --------------------------------------------------------------------------------------------
 
 

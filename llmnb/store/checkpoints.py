@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -301,6 +302,7 @@ class Checkpoints:
     def _place(self, place: Path, files: builtins.list[dict[str, Any]]) -> None:
         try:
             self._cache.mkdir(parents=True, exist_ok=True)
+            _sweep(self._cache)
             part = Path(tempfile.mkdtemp(dir=self._cache, prefix=".part-"))
         except OSError as error:
             raise ArtifactError("The cache folder cannot be written.", seen=error) from error
@@ -317,6 +319,15 @@ class Checkpoints:
 
 
 _PROOF = ".llmnb-proved.json"
+_LEFT_OVER_S = 24 * 3600.0
+
+
+def _sweep(cache: Path) -> None:
+    """Removes what fetches that were killed long ago left half-done."""
+    for left in (*cache.glob(".part-*"), *cache.glob(".old-*")):
+        with contextlib.suppress(OSError):  # another process may be at the same
+            if time.time() - left.stat().st_mtime > _LEFT_OVER_S:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _inside(path: str) -> str:

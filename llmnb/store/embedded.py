@@ -10,11 +10,9 @@ It knows nothing of what is stored in it.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -31,12 +29,12 @@ from ..errors import EmbeddedError
 from . import environment
 from .address import DEFAULT_NAME, mask_uri
 from .mongod_binary import explain_exit, find_mongod
+from .mongod_folder import START_LIMIT_S, Folder, data_in_use, make_secrets, prepared, starter_lock
 
 __all__ = ["Server", "start", "status", "stop"]
 
 USER = "llmnb"
 _SET = "rs0"
-_START_LIMIT_S = 180.0  # recovering a large data folder takes its time
 _PORT_TAKEN = 48
 _LOG_LIMIT = 16 * 2**20
 
@@ -65,56 +63,25 @@ class Server:
         return mask_uri(self.uri)
 
 
-@dataclass(frozen=True)
-class _Folder:
-    """Paths beneath the home."""
-
-    home: Path
-
-    @property
-    def root(self) -> Path:
-        return self.home / "mongod"
-
-    @property
-    def data(self) -> Path:
-        return self.root / "db"
-
-    @property
-    def log(self) -> Path:
-        return self.root / "mongod.log"
-
-    @property
-    def facts(self) -> Path:
-        return self.root / "server.json"
-
-    @property
-    def password(self) -> Path:
-        return self.root / "password"
-
-    @property
-    def keyfile(self) -> Path:
-        return self.root / "keyfile"
-
-
 def start(home: Path | str) -> Server:
     """The embedded server of a home folder, started if it does not run. Safe to call from many processes at once.
 
     Raises:
         EmbeddedError: no program, a shared library is missing, the data folder cannot be used.
     """
-    folder = _prepared(home)
+    folder = prepared(home)
     server = _attach(folder)
     if server is not None:
         return server
-    with _starter_lock(folder):
+    with starter_lock(folder):
         # Another process may have started it while this one waited.
-        server = _attach(folder, 30.0) if _data_in_use(folder) else None
+        server = _attach(folder, 30.0) if data_in_use(folder) else None
         return server if server is not None else _start(folder)
 
 
 def status(home: Path | str) -> Server | None:
     """The running embedded server of a home folder, or None. Starts nothing and creates nothing."""
-    folder = _Folder(Path(home).expanduser().resolve())
+    folder = Folder(Path(home).expanduser().resolve())
     return _attach(folder) if folder.root.is_dir() else None
 
 
@@ -127,11 +94,11 @@ def stop(home: Path | str, timeout: float = 60.0) -> bool:
     Raises:
         EmbeddedError: it does not end.
     """
-    folder = _Folder(Path(home).expanduser().resolve())
+    folder = Folder(Path(home).expanduser().resolve())
     if not folder.root.is_dir():
         return False
-    with _starter_lock(folder):
-        if not _data_in_use(folder):
+    with starter_lock(folder):
+        if not data_in_use(folder):
             return False
         server = _attach(folder, 10.0)
         _end(folder, server, timeout)
@@ -141,7 +108,7 @@ def stop(home: Path | str, timeout: float = 60.0) -> bool:
 # -- attaching ----------------------------------------------------------------------------------------------
 
 
-def _uri(folder: _Folder, port: int) -> str:
+def _uri(folder: Folder, port: int) -> str:
     password = folder.password.read_text(encoding="ascii").strip()
     return f"mongodb://{USER}:{password}@127.0.0.1:{port}/{DEFAULT_NAME}?authSource=admin&directConnection=true"
 
@@ -150,7 +117,7 @@ def _client(uri: str, timeout_ms: int = 10_000) -> Any:
     return pymongo.MongoClient(uri, serverSelectionTimeoutMS=timeout_ms, connectTimeoutMS=timeout_ms, appname="llmnb")
 
 
-def _attach(folder: _Folder, patience_s: float = 3.0) -> Server | None:
+def _attach(folder: Folder, patience_s: float = 3.0) -> Server | None:
     """The running server, when it answers to our password and takes writes.
 
     Args:
@@ -191,105 +158,15 @@ def _listens(port: int) -> bool:
         return False
 
 
-def _data_in_use(folder: _Folder) -> bool:
-    """True while a mongod holds the data folder: it keeps a lock on a file there, which dies with it.
-
-    Only for the holder of the starter's lock: looking takes mongod's lock for a moment.
-    """
-    import fcntl
-
-    try:
-        with open(folder.data / "mongod.lock", "rb+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-    except OSError:
-        return False
-    return False
-
-
-# -- the folder ---------------------------------------------------------------------------------------------
-
-
-def _prepared(home: Path | str) -> _Folder:
-    folder = _Folder(Path(home).expanduser().resolve())
-    try:
-        folder.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder.data.mkdir(exist_ok=True, mode=0o700)
-        probe = folder.root / f".probe-{os.getpid()}-{secrets.token_hex(4)}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise EmbeddedError(
-            "The folder for the embedded server cannot be used.",
-            seen=f"{folder.root}: {error.strerror or error}",
-            todo="give a folder that can be written: connect(home=…) or LLMNB_HOME; or a server: LLMNB_URI; "
-            "or keep nothing: connect('mongomock://name')",
-        ) from error
-    return folder
-
-
-@contextlib.contextmanager
-def _starter_lock(folder: _Folder, timeout: float = _START_LIMIT_S + 60) -> Iterator[None]:
-    """One starter at a time on this machine. The lock dies with its holder; the file stays."""
-    try:
-        import fcntl
-    except ImportError as error:  # Windows
-        raise EmbeddedError(
-            "The embedded server runs on Linux and macOS only.", todo="give a server: connect('mongodb://…')"
-        ) from error
-    end = time.monotonic() + timeout
-    with open(folder.root / "start.lock", "w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise EmbeddedError(
-                        "Another process has been starting the embedded server for too long.",
-                        seen=folder.root,
-                        todo=f"read {folder.log}; end that process",
-                    ) from None
-                time.sleep(0.05)
-        yield
-
-
-def _write_secret(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "w", encoding="ascii") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def _make_secrets(folder: _Folder) -> None:
-    if not folder.password.exists():
-        if (folder.data / "WiredTiger").exists():
-            raise EmbeddedError(
-                "The password of the embedded server is gone.",
-                seen=folder.password,
-                todo=f"put that file back; or move {folder.data} away to begin with an empty database",
-            )
-        _write_secret(folder.password, secrets.token_hex(24))
-    if not folder.keyfile.exists():  # mongod wants one for a replica set with users; a new one serves as well
-        _write_secret(folder.keyfile, base64.b64encode(secrets.token_bytes(96)).decode())
-    for path in (folder.password, folder.keyfile):
-        path.chmod(0o600)
-
-
 # -- starting -----------------------------------------------------------------------------------------------
 
 
-def _start(folder: _Folder) -> Server:
-    if _data_in_use(folder):
+def _start(folder: Folder) -> Server:
+    if data_in_use(folder):
         _wait_or_refuse(folder)
     binary = find_mongod()
     try:
-        _make_secrets(folder)
+        make_secrets(folder)
         if folder.log.exists() and folder.log.stat().st_size > _LOG_LIMIT:
             os.replace(folder.log, folder.log.with_suffix(".log.old"))
     except OSError as error:
@@ -308,10 +185,10 @@ def _start(folder: _Folder) -> Server:
     return Server(uri, pid, port, folder.home, started=True)
 
 
-def _wait_or_refuse(folder: _Folder) -> None:
+def _wait_or_refuse(folder: Folder) -> None:
     """A mongod holds the data and did not answer as ours: its starter died half-way, or it is not ours to use."""
     end = time.monotonic() + 20
-    while time.monotonic() < end and _data_in_use(folder):
+    while time.monotonic() < end and data_in_use(folder):
         try:
             facts = json.loads(folder.facts.read_text(encoding="utf-8"))
             with _client(_uri(folder, int(facts["port"])), 2000) as client:
@@ -321,11 +198,11 @@ def _wait_or_refuse(folder: _Folder) -> None:
         except (OSError, ValueError, KeyError, driver.PyMongoError):
             break  # nobody knows its port: it was never finished; end it and begin again
         time.sleep(0.2)
-    if _data_in_use(folder):
+    if data_in_use(folder):
         _end(folder, None, 60.0)
 
 
-def _wrong_password(folder: _Folder) -> EmbeddedError:
+def _wrong_password(folder: Folder) -> EmbeddedError:
     return EmbeddedError(
         "The embedded server does not accept the password in its folder.",
         seen=folder.password,
@@ -339,7 +216,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _ports(folder: _Folder) -> Iterator[int]:
+def _ports(folder: Folder) -> Iterator[int]:
     """The port of last time first, so that addresses that others hold stay true."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         port = int(json.loads(folder.facts.read_text(encoding="utf-8"))["port"])
@@ -349,7 +226,7 @@ def _ports(folder: _Folder) -> Iterator[int]:
         yield _free_port()
 
 
-def _command(binary: Path, folder: _Folder, port: int) -> list[str]:
+def _command(binary: Path, folder: Folder, port: int) -> list[str]:
     # Two secrets, both by file: nothing here may show in a list of processes.
     return [
         *(str(binary), "--fork", "--dbpath", str(folder.data), "--port", str(port), "--bind_ip", "127.0.0.1"),
@@ -361,7 +238,7 @@ def _command(binary: Path, folder: _Folder, port: int) -> list[str]:
     ]
 
 
-def _launch(binary: Path, folder: _Folder) -> int:
+def _launch(binary: Path, folder: Folder) -> int:
     """Starts the program, which forks itself into a session of its own and reports when it listens; its port."""
     code, said = 0, ""
     for port in _ports(folder):
@@ -375,12 +252,12 @@ def _launch(binary: Path, folder: _Folder) -> int:
                     cwd=folder.root,
                     env=environment.for_child(),
                     start_new_session=True,
-                    timeout=_START_LIMIT_S,
+                    timeout=START_LIMIT_S,
                     check=False,
                 ).returncode
             except subprocess.TimeoutExpired as error:
                 raise EmbeddedError(
-                    f"mongod did not start within {_START_LIMIT_S:.0f} s.", seen=folder.data, todo=f"read {folder.log}"
+                    f"mongod did not start within {START_LIMIT_S:.0f} s.", seen=folder.data, todo=f"read {folder.log}"
                 ) from error
             except OSError as error:
                 raise EmbeddedError(
@@ -397,7 +274,7 @@ def _launch(binary: Path, folder: _Folder) -> int:
     raise explain_exit(binary, code, said, folder.log, folder.data)
 
 
-def _open_up(folder: _Folder, uri: str, port: int) -> None:
+def _open_up(folder: Folder, uri: str, port: int) -> None:
     """Makes a server that listens one that we can use: user, replica set, its own port as the member's host."""
     host = f"127.0.0.1:{port}"
     try:
@@ -414,7 +291,7 @@ def _open_up(folder: _Folder, uri: str, port: int) -> None:
         ) from error
 
 
-def _first_user(folder: _Folder, host: str) -> None:
+def _first_user(folder: Folder, host: str) -> None:
     """An empty server lets a local caller make the first user, and only that one."""
     with _client(f"mongodb://{host}/?directConnection=true") as bare:
         try:
@@ -453,16 +330,16 @@ def _wait_primary(client: Any, timeout: float = 60.0) -> None:
 # -- ending -------------------------------------------------------------------------------------------------
 
 
-def _end(folder: _Folder, server: Server | None, timeout: float) -> None:
+def _end(folder: Folder, server: Server | None, timeout: float) -> None:
     end = time.monotonic() + timeout
     if server is not None:
         with _client(server.uri, 5000) as client, contextlib.suppress(driver.PyMongoError):
             client.admin.command("shutdown", force=True, timeoutSecs=5)  # the answer is a closed connection
-    elif _data_in_use(folder):
+    elif data_in_use(folder):
         # The file is locked by a mongod, so the process that it names is that mongod and no other.
         with contextlib.suppress(OSError, ValueError):
             os.kill(int((folder.data / "mongod.lock").read_text().strip()), signal.SIGTERM)
-    while _data_in_use(folder):
+    while data_in_use(folder):
         if time.monotonic() > end:
             raise EmbeddedError(f"The embedded server does not end within {timeout:.0f} s.", seen=folder.data)
         time.sleep(0.05)

@@ -173,9 +173,15 @@ class Answerer:
             ConfigError: an option that generation does not have.
             DataError: a prompt that is longer than the model's context.
         """
+        try:
+            return self._answer(list(prompts), kwargs)
+        except BaseException as error:
+            forget(error)
+            raise
+
+    def _answer(self, prompts: list[Prompt], kwargs: Mapping[str, Any]) -> list[str]:
         import torch
 
-        prompts = list(prompts)
         with self._lock, torch.inference_mode():
             ours, options = self._options(kwargs)
             ids = [self._ids(prompt, ours) for prompt in prompts]

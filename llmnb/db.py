@@ -16,7 +16,7 @@ from .errors import ConfigError, DataError, Fault, LlmnbError, NotFound, near
 from .events import Event
 from .launch.machine import gpus_visible
 from .launch.run import Run
-from .launch.start import launch
+from .launch.start import check, launch
 from .llm import LLM
 from .model import Model, connected
 from .pipelines import Pipeline, TextClassification
@@ -110,20 +110,23 @@ class Datalayer:
             return None
         parcel = settle(model.trainer, spec)
         self._check_data(parcel.config)
+        objects = {
+            "transform": parcel.transform,
+            "trainer_kwargs": parcel.trainer_kwargs,
+            "ray_configs": parcel.ray_configs,
+            "ray_address": parcel.ray_address,
+        }
+        background = _in_background(parcel, wait)
+        check(self.store, spec, parcel.config, objects, wait=wait, background=background)
         version = self._add_version(model, parcel.config)
         run = launch(
             self.store,
             spec=spec,
             version=version,
             config=parcel.config,
-            parcel_objects={
-                "transform": parcel.transform,
-                "trainer_kwargs": parcel.trainer_kwargs,
-                "ray_configs": parcel.ray_configs,
-                "ray_address": parcel.ray_address,
-            },
+            parcel_objects=objects,
             wait=wait,
-            background=_in_background(parcel, wait),
+            background=background,
             on_event=on_event,
             progress=progress,
         )

@@ -46,10 +46,12 @@ def model(base, tmp_path, **changes) -> LLM:
 
 
 def test_what_cannot_be_honoured_is_refused_before_a_run_is_recorded(db, engine, tmp_path):
-    for changes in ({"num_gpus": 2}, {"ray_configs": {"run_config": {}}}):
-        with pytest.raises(LaunchError, match="in this version"):
+    for changes in ({"num_gpus": 2}, {"ray_configs": {"run_config": {}}}, {"deepspeed": {}}):
+        with pytest.raises(LaunchError, match="lives in this process"):
             db.apply(model("base", tmp_path, **changes))
-    assert db.runs() == []
+        with pytest.raises(LaunchError, match="lives in this process"):
+            db.apply(model("base", tmp_path, **changes), wait=False)
+    assert db.runs() == [] and db.show("model") == []
 
 
 def test_not_waited_for_it_goes_on_in_this_process_when_the_database_does(db, engine, tmp_path):

@@ -34,6 +34,7 @@ import psutil
 from ..errors import LaunchError, MissingPackage
 from . import machine
 from .jobs import Jobs, RayJobs
+from .layout import SLOT
 
 try:
     import fcntl
@@ -267,6 +268,7 @@ def _options(temp: Path) -> list[str]:
         "--disable-usage-stats",
         f"--temp-dir={temp}",
         f"--num-cpus={machine.cpus()}",
+        f"--resources={json.dumps({SLOT: 1000})}",
         f"--memory={max(int(free * 0.8), 512 * _MIB)}",
         f"--object-store-memory={min(max(int(free * 0.05), 80 * _MIB), 1024 * _MIB)}",
     ]

@@ -15,12 +15,14 @@ from pathlib import Path
 from ..job import TrainJob
 from .cluster import MARK
 
-__all__ = ["command", "pack", "take_environment"]
+__all__ = ["command", "environment", "pack", "take_environment"]
 
 # What belongs to the process that starts, not to the job: its shell, its notebook, its Ray.
 _OWN = frozenset(
     {"PWD", "OLDPWD", "SHLVL", "_", "TERM", "COLUMNS", "LINES", "MPLBACKEND", "CUDA_VISIBLE_DEVICES", "LLMNB_URI", MARK}
 )
+# What makes a process one rank of several: Ray sets it for each.
+_OWN |= {"RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 _OWN_PREFIXES = ("RAY_", "JPY_", "JUPYTER_", "KERNEL_", "IPY", "PYDEVD_", "PYTEST_")
 
 
@@ -28,12 +30,16 @@ def pack(job: TrainJob, folder: Path, home: Path) -> Path:
     """Writes the parcel and the environment, with ``home`` for caches; the parcel's path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = job.write(folder / "job.pickle")
-    env = {k: v for k, v in os.environ.items() if k not in _OWN and not k.startswith(_OWN_PREFIXES)}
-    env["LLMNB_HOME"] = str(home)
+    env = environment() | {"LLMNB_HOME": str(home)}
     handle = os.open(_beside(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         json.dump(env, file)
     return path
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, as far as it belongs to whoever applied."""
+    return {k: v for k, v in os.environ.items() if k not in _OWN and not k.startswith(_OWN_PREFIXES)}
 
 
 def take_environment(path: Path) -> None:

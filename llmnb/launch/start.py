@@ -14,6 +14,7 @@ from ..errors import LaunchError
 from ..events import Event
 from ..job import TrainJob
 from . import cluster, machine
+from .layout import Layout, plan, spread
 from .masking import Mask
 from .parcel import command, pack
 from .progress import Progress
@@ -23,7 +24,7 @@ from .worker import own_folder, told_of, work
 if TYPE_CHECKING:
     from ..store import Store
 
-__all__ = ["launch"]
+__all__ = ["check", "launch"]
 
 OnEvent = Callable[[Event], Any]
 
@@ -48,7 +49,7 @@ def launch(
         spec: the model.
         version: its version, which the run fills.
         config: how to train.
-        parcel_objects: what travels beside the config: transform, trainer_kwargs, ray_configs, ray_address, workers.
+        parcel_objects: what travels beside the config: transform, trainer_kwargs, ray_configs, ray_address.
         wait: returns when it has ended. False returns at once, and then it is a background job in any case.
         background: as a Ray job; else in this process.
         on_event: called with each event, when waited for.
@@ -63,14 +64,8 @@ def launch(
         LlmnbError: a run in this process failed: its own error. A waited job that failed raises ``RunError``.
     """
     objects = dict(parcel_objects or {})
-    _refuse_what_is_not_built(config, objects)
-    on_thread = store.in_process and not wait and not _asks_for_ray(config, objects)
-    if store.in_process and (background or not wait) and not on_thread:
-        raise LaunchError(
-            "A Ray job cannot reach a database that lives in this process.",
-            seen=store.describe(),
-            todo="connect() with a server or with the embedded database; or train here, without on_ray",
-        )
+    layout = check(store, spec, config, objects, wait=wait, background=background)
+    on_thread = _on_a_thread(store, config, objects, wait)
     record = store.runs.create(spec.identifier, model=spec.identifier, version=version, config=config)
     run = Run(store, record["_id"])
     job = TrainJob(
@@ -86,7 +81,7 @@ def launch(
         ray_configs=dict(objects.get("ray_configs") or {}),
         ray_address=objects.get("ray_address"),
         resume_from=resume_from,
-        workers=int(objects.get("workers") or config.num_gpus or 1),
+        workers=layout.workers,
     )
     if on_thread:
         _on_thread(job, store)
@@ -99,24 +94,36 @@ def launch(
     return run
 
 
-def _refuse_what_is_not_built(config: TrainConfig, objects: Mapping[str, Any]) -> None:
-    workers = int(objects.get("workers") or config.num_gpus or 1)
-    if workers > 1:
+def check(
+    store: Store, spec: ModelSpec, config: TrainConfig, objects: Mapping[str, Any], *, wait: bool, background: bool
+) -> Layout:
+    """What can be refused before anything is recorded or started. Arguments as for ``launch``.
+
+    Raises:
+        ConfigError: settings that several workers, DeepSpeed or Ray cannot honour; all of them.
+        LaunchError: the database cannot be reached from where the run would be.
+    """
+    background = (background or not wait) and not _on_a_thread(store, config, objects, wait)
+    layout = plan(
+        config,
+        objects.get("ray_configs") or {},
+        bits=config.bits if config.bits is not None else spec.bits,
+        gpus=None if objects.get("ray_address") is not None else machine.gpus_visible(),
+        background=background,
+    )
+    if store.in_process and background:
         raise LaunchError(
-            "Training on several workers is not possible in this version.",
-            seen=f"{workers} workers",
-            todo="num_gpus=1",
+            "A Ray job cannot reach a database that lives in this process.",
+            seen=store.describe(),
+            todo="connect() with a server or with the embedded database; or train here, without on_ray",
         )
-    if objects.get("ray_configs"):
-        raise LaunchError(
-            "ray_configs cannot be honoured in this version: a run on Ray has one worker.",
-            seen=", ".join(objects["ray_configs"]),
-            todo="on_ray=True without ray_configs",
-        )
+    return layout
 
 
-def _asks_for_ray(config: TrainConfig, objects: Mapping[str, Any]) -> bool:
-    return bool(config.on_ray or objects.get("ray_configs") or objects.get("ray_address") or config.deepspeed)
+def _on_a_thread(store: Store, config: TrainConfig, objects: Mapping[str, Any], wait: bool) -> bool:
+    asked = config.on_ray or objects.get("ray_configs") or objects.get("ray_address")
+    asked = asked or config.deepspeed is not None or (config.num_gpus or 1) > 1
+    return store.in_process and not wait and not asked
 
 
 def _here(job: TrainJob, store: Store, on_event: OnEvent | None, progress: bool) -> None:
@@ -164,6 +171,9 @@ def _submit(job: TrainJob, store: Store, run: Run) -> None:
             ours = cluster.ensure(home)
             jobs: Any = ours.jobs()
             here, cpus, gpus = True, float(machine.cpus()), float(min(machine.gpus_visible(), 1))
+            if spread(job):  # its workers take the GPUs; the CPUs are its turn, unless the person wants some for them
+                scaling = job.ray_configs.get("scaling_config")
+                cpus, gpus = 0.0 if getattr(scaling, "resources_per_worker", None) else cpus, 0.0
         else:
             jobs = cluster.jobs_at(job.ray_address, home)
             here, cpus, gpus = job.ray_address == "auto", 1.0, 0.0

@@ -1,0 +1,273 @@
+"""What a run says, stores and reads, in the process that its rank 0 lives in: the join of engine and store.
+
+The engine calls out (``Hooks``): events go to the spool, checkpoints to the store, letters from upstream to it. What
+the engine needs (rows, an adapter, a state to resume from) comes from the store. Who ends the run is not known here.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import Checkpoint
+from ..config import thaw
+from ..errors import DataError, InUse, LlmnbError, NotFound
+from ..events import CheckpointSaved, Event, Note, StateChanged
+from ..job import TrainJob
+from .heart import Heart, patiently
+from .keeping import to_remove
+from .masking import Mask
+from .spool import Shipper, Spool
+
+if TYPE_CHECKING:
+    from ..store import Store
+
+__all__ = ["OnEvent", "Reporter", "own_folder", "told_of", "tokens_of"]
+
+OnEvent = Callable[[Event], Any]
+
+
+def own_folder(output_dir: str | Path, run: str) -> Path:
+    """The folder of one run beneath an output folder that runs may share: never the same for two runs."""
+    path = Path(output_dir).expanduser().absolute()
+    return path if path.name == run else path / run
+
+
+class Reporter:
+    """One run's mouth and hands.
+
+    Args:
+        job: the run.
+        store: the database.
+        on_event: called with each event, on the thread that says it.
+        patience: seconds to wait for a database that is away.
+
+    Attributes:
+        mask: takes the job's secrets out of texts.
+        folder: the run's own.
+        spool: once opened.
+        heart: beats, and brings letters.
+        training: True from step 1 on.
+        interrupted: True when the letter to stop came as a signal.
+    """
+
+    def __init__(self, job: TrainJob, store: Store, on_event: OnEvent | None, patience: float) -> None:
+        self.job, self.store, self.patience = job, store, patience
+        self._on_event = on_event
+        self._follower_broke = False
+        self.mask = Mask([job.uri, getattr(store, "uri", None), job.artifacts, *tokens_of(job)])
+        self.folder = own_folder(job.workdir, job.run)
+        self.spool: Spool
+        self.shipper: Shipper | None = None
+        self.heart = Heart(store, job.run, on_letter=self._stopping, each_beat=self._settle)
+        self.training = self.interrupted = False
+        self.best: int | None = None
+        given = thaw(job.config.arguments)
+        self.limit: int | None = given.get("save_total_limit")
+        self.chooses_best = bool(
+            given.get("load_best_model_at_end")
+            or given.get("metric_for_best_model")
+            or job.config.early_stopping_patience is not None
+        )
+
+    def open_spool(self) -> None:
+        """Numbers go on where the file, or the database, ends."""
+        run = self.job.run
+        known = self._patiently(lambda: self.store.events.last_seq(run))
+        self.spool = Spool(self.folder / "events.jsonl", at_least=known)
+        if self.job.config.log_to_db:
+            self.shipper = Shipper(
+                self.spool,
+                lambda events: self.store.events.append(run, events),
+                start_after=known,
+                describe=self.mask,
+            )
+
+    def ship(self, patience: float) -> None:
+        """Ends the shipping; everything said is in the database when it is there within ``patience`` seconds."""
+        if self.shipper is not None:
+            self.shipper.close(patience)
+        self.spool.settle()
+
+    def train(self) -> Any:
+        """Trains in this process; the engine's ``TrainResult``."""
+        from ..engine.hooks import Hooks
+
+        adapter, resume = self._adapter(), self._resume()
+        data = self._data()
+        hooks = Hooks(say=self.say, checkpoint=self._checkpoint, control=self._control, started=self._started)
+        from ..engine.training import train  # heavy, so after everything that can fail quickly
+
+        return train(
+            self.job.model,
+            self.job.config,
+            data,
+            hooks,
+            workdir=self.folder,
+            adapter=adapter,
+            resume=resume,
+            transform=self.job.transform,
+            trainer_kwargs=dict(self.job.trainer_kwargs) or None,
+        )
+
+    # -- what it needs ---------------------------------------------------------------------------------------
+
+    def _adapter(self) -> Path | None:
+        name = self.job.model.adapter_id
+        if not name:
+            return None
+        if isinstance(name, Checkpoint):
+            return self._fetch(name.experiment, name.step)
+        if Path(str(name)).exists():
+            return Path(str(name)).absolute()
+        experiments = self._patiently(self.store.checkpoints.experiments)
+        if name in experiments:
+            return self._fetch(name, None)
+        experiment, _, step = str(name).rpartition("/")
+        if experiment in experiments and step.isdigit():
+            return self._fetch(experiment, int(step))
+        return Path(str(name))  # a hub id; the engine says so when it is none
+
+    def _resume(self) -> Path | None:
+        if not self.job.resume_from:
+            return None
+        experiment, _, step = self.job.resume_from.rpartition("/")
+        return self._fetch(experiment, int(step), resume=True)
+
+    def _fetch(self, experiment: str, step: int | None, resume: bool = False) -> Path:
+        checkpoint = self._patiently(lambda: self.store.checkpoints.get(experiment, step))
+        return Path(self._patiently(lambda: self.store.checkpoints.fetch(checkpoint, resume=resume)))
+
+    def _data(self) -> dict[str, Callable[[], Iterable[Mapping[str, Any]]]]:
+        config, store = self.job.config, self.store
+        select = config.select
+        if select is None:
+            raise DataError("There is nothing to train on.", todo="LLMTrainer(select=Collection('…').find(), …)")
+        data: dict[str, Callable[[], Iterable[Mapping[str, Any]]]] = {"train": lambda: store.rows(select, fold="train")}
+        for name, chosen in config.eval_selects.items():
+            data[name] = lambda chosen=chosen: store.rows(chosen)  # type: ignore[misc]
+        if not config.eval_selects:
+            some = self._patiently(lambda: next(iter(store.rows(select, fold="valid", limit=1)), None))
+            if some is not None:
+                data["valid"] = lambda: store.rows(select, fold="valid")
+        return data
+
+    def _patiently(self, ask: Callable[[], Any]) -> Any:
+        return patiently(ask, self.patience)
+
+    # -- what the engine calls -------------------------------------------------------------------------------
+
+    def say(self, event: Event) -> None:
+        """Spools an event and hands it to the follower. Never raises, never waits."""
+        said = self.spool.say(event)
+        if self._on_event is None or self._follower_broke:
+            return
+        try:
+            self._on_event(said)
+        except Exception as error:  # noqa: BLE001 - a border: a broken display must not end a training
+            self._follower_broke = True
+            print(f"llmnb: on_event raised {type(error).__name__}: {error}; it is not called again", file=sys.stderr)
+
+    def _control(self) -> str | None:
+        # An attribute that another thread sets: no network here.
+        return self.heart.letter
+
+    def _started(self, counts: dict[str, Any]) -> None:
+        self.training = True
+        run = self.job.run
+        if self._patiently(lambda: self.store.runs.transition(run, "starting", "running", counts=counts)):
+            self.say(StateChanged(state="running"))
+        else:  # somebody pressed Stop meanwhile
+            self._patiently(lambda: self.store.runs.update(run, counts=counts))
+        steps = counts.get("steps")
+        rows = counts.get("rows")
+        self.say(Note(text=f"{rows} rows, {steps} steps" if rows is not None else f"{steps} steps", data=counts))
+
+    def _checkpoint(
+        self, folder: Path, step: int, metrics: dict[str, float], kind: str, base_fingerprint: str, best: bool
+    ) -> None:
+        run = self.job.run
+        saved = self._patiently(
+            lambda: self.store.checkpoints.put(
+                run,
+                step,
+                Path(folder),
+                kind=kind,
+                metrics=metrics,
+                base=self.job.model.model_name_or_path,
+                base_fingerprint=base_fingerprint,
+                best=best,
+            )
+        )
+        if best:
+            self.best = step
+        self._point()
+        self._remove_old()
+        self.say(CheckpointSaved(step=step, digest=saved.digest, size=saved.size, metrics=dict(metrics), best=best))
+
+    def _point(self) -> None:
+        """The model version answers with the best step when the run chooses one, else with the last."""
+        steps = [c.step for c in self._patiently(lambda: self.store.checkpoints.list(self.job.run))]
+        if not steps:
+            return
+        step = self.best if self.chooses_best and self.best in steps else max(steps)
+        model, version = self.job.model.identifier, self.job.version
+        try:
+            self._patiently(lambda: self.store.models.point(model, version, f"{self.job.run}/{step}"))
+        except NotFound:  # the person removed the version while it was trained; the checkpoint stays
+            self.say(Note(level="warning", text=f"Version {version} of {model} is gone; checkpoint {step} is kept."))
+
+    def _remove_old(self) -> None:
+        kept = [c.step for c in self._patiently(lambda: self.store.checkpoints.list(self.job.run))]
+        for step in to_remove(kept, self.limit, self.best if self.chooses_best else None):
+            try:
+                self._patiently(partial(self.store.checkpoints.remove, self.job.run, step))
+            except InUse as error:
+                self.say(Note(text=f"Checkpoint {step} stays beyond save_total_limit: {error.what}"))
+            except NotFound:
+                pass  # a person was faster
+
+    # -- letters ----------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        self.spool.settle()
+
+    def _stopping(self, letter: str) -> None:
+        """On the heart's thread: a letter came."""
+        if self.store.runs.transition(self.job.run, ("starting", "running"), "stopping"):
+            self.say(StateChanged(state="stopping", reason=self.why_stopped()))
+
+    def why_stopped(self) -> str:
+        """In words."""
+        if self.interrupted:
+            return "interrupted"
+        return "killed" if self.heart.letter == "kill" else "stopped on request"
+
+
+def told_of(error: BaseException, mask: Mask) -> dict[str, Any]:
+    """What is written on the run about an error: ``{type, what, seen, todo, traceback}``, without secrets."""
+    if isinstance(getattr(error, "told", None), dict):
+        return dict(error.told)  # type: ignore[attr-defined] # it was told where it happened
+    seen, todo = getattr(error, "seen", None), getattr(error, "todo", None)
+    what = error.what if isinstance(error, LlmnbError) else str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.errno == 28:
+        todo = todo or "make room on the disk, or choose another output_dir"
+    return {
+        "type": type(error).__name__,
+        "what": mask(what),
+        "seen": mask(seen) if isinstance(error, LlmnbError) and seen is not None else None,
+        "todo": mask(todo) if todo is not None else None,
+        "traceback": mask("".join(traceback.format_exception(type(error), error, error.__traceback__))),
+    }
+
+
+def tokens_of(job: TrainJob) -> list[str]:
+    """Tokens that a person may have given as options."""
+    found = [thaw(job.config.arguments).get("hub_token")]
+    for kwargs in (job.model.model_kwargs, job.model.tokenizer_kwargs):
+        found.append(thaw(kwargs).get("token"))
+    return [str(token) for token in found if isinstance(token, str)]

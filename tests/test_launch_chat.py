@@ -110,14 +110,16 @@ def test_a_process_that_dies_is_said_and_replaced_and_close_ends_it(chat):
     assert not psutil.pid_exists(pid) and not chat.alive
 
 
-def test_it_dies_with_its_parent_also_by_kill_9_and_in_the_middle_of_an_answer(tiny_llama):
+@pytest.mark.parametrize("busy", [True, False], ids=["in an answer", "idle"])
+def test_it_dies_with_its_parent_also_by_kill_9(tiny_llama, busy):
     code = (
         "import sys; from llmnb.launch.chat import ChatProcess; from llmnb.config import ModelSpec\n"
         "chat = ChatProcess(ModelSpec(model_name_or_path=sys.argv[1]))\n"
-        "stream = chat.ask('hello', max_new_tokens=400, min_new_tokens=400)\n"
-        "next(stream); print(chat.pid, 'torch' in sys.modules, flush=True); import time; time.sleep(60)"
+        "stream = chat.ask('hello', max_new_tokens=400 if sys.argv[2] == 'True' else 1)\n"
+        "next(stream, '')\n"
+        "print(chat.pid, 'torch' in sys.modules, flush=True); import time; time.sleep(60)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code, tiny_llama], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([sys.executable, "-c", code, tiny_llama, str(busy)], stdout=subprocess.PIPE, text=True)
     pid, torch_here = parent.stdout.readline().split()
     assert torch_here == "False"
     parent.kill()

@@ -27,14 +27,23 @@ class Gradients(transformers.TrainerCallback):
 
     def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []
+        self.evaluations: list[float] = []
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.evaluations.append(metrics["eval_loss"])
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         parts = [p.grad.detach().flatten() for p in model.parameters() if p.grad is not None]
         self.steps.append(torch.cat(parts).clone())
 
 
-def gradients(workdir, *, batch, window, documents=None, config=None, base=None, trainer_kwargs=None, **arguments):
+def gradients(workdir, **options):
     """Gradients of each step at learning rate 0, so that every step sees the same weights."""
+    return observed(workdir, **options).steps
+
+
+def observed(workdir, *, batch, window, documents=None, config=None, base=None, trainer_kwargs=None, **arguments):
+    """The same, and the losses of evaluations."""
     keep = Gradients()
     train(
         workdir,
@@ -51,7 +60,7 @@ def gradients(workdir, *, batch, window, documents=None, config=None, base=None,
         train_sampling_strategy="sequential",
         **arguments,
     )
-    return keep.steps
+    return keep
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -156,17 +165,16 @@ import sys, torch, pickle
 sys.path[:0] = {paths!r}
 torch.set_num_threads(1)
 from pathlib import Path
-from test_engine_training import gradients
-import drill
+from test_engine_training import observed
 work, base, rank = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-steps = gradients(work / "two", batch=1, window=4, base=base, **{options!r})
-torch.save(steps, work / f"steps{{rank}}.pt")
+seen = observed(work / "two", batch=1, window=4, base=base, **{options!r})
+torch.save([seen.steps, seen.evaluations], work / f"seen{{rank}}.pt")
 torch.distributed.destroy_process_group()
 """
 
 
-def two_ranks(tmp_path: Path, base: Path, **options) -> list[torch.Tensor]:
-    """The same gradients from two processes over gloo."""
+def two_ranks(tmp_path: Path, base: Path, **options) -> list[list]:
+    """Gradients and evaluations of two processes over gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -195,18 +203,22 @@ def two_ranks(tmp_path: Path, base: Path, **options) -> list[torch.Tensor]:
         for process in ranks:
             if process.poll() is None:
                 process.kill()
-    return torch.load(tmp_path / "steps0.pt")
+    return torch.load(tmp_path / "seen0.pt")
 
 
 @pytest.mark.slow
 def test_trap01_on_two_ranks(tmp_path):
     base = folder_of()
-    # 11 rows over 2 ranks: the last window has 3 rows, and one rank has fewer than the other.
-    whole = gradients(tmp_path / "one", batch=8, window=1, base=base)
-    split = two_ranks(tmp_path, base)
-    assert len(split) == len(whole) == 2
-    for step, (a, b) in enumerate(zip(whole, split), 1):
+    # 11 rows over 2 ranks: the last window has 3 rows, and one rank has fewer than the other. The same for the
+    # evaluation's 5 rows.
+    options = {"sets": {"valid": pairs(5)}, "eval_strategy": "steps", "eval_steps": 1}
+    whole = observed(tmp_path / "one", batch=8, window=1, base=base, **options)
+    steps, evaluations = two_ranks(tmp_path, base, per_device_eval_batch_size=2, **options)
+    assert len(steps) == len(whole.steps) == 2
+    for step, (a, b) in enumerate(zip(whole.steps, steps), 1):
         assert close(b, a) < 1e-5, f"step {step}"
+    assert len(evaluations) == 2
+    assert evaluations == pytest.approx(whole.evaluations, abs=1e-5)
 
 
 # --- steps --------------------------------------------------------------------------------------------------

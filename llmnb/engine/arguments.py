@@ -77,7 +77,7 @@ def make_plan(config: TrainConfig, output: Path, *, eval_names: tuple[str, ...],
         if old in given and new in known:
             given.setdefault(new, given.pop(old))
     cuda = torch.cuda.is_available() and not given.get("use_cpu")
-    precision = _precision(given, cuda, say)
+    precision = _precision(given, cuda, say, by_default=config.deepspeed is None)
     _evaluation(given, config, eval_names)
     own_logging = "logging_steps" not in given and given.get("logging_strategy", "steps") == "steps"
     values = {
@@ -97,7 +97,7 @@ def make_plan(config: TrainConfig, output: Path, *, eval_names: tuple[str, ...],
     if config.deepspeed is not None:
         values["deepspeed"] = thaw(config.deepspeed)
         _start_deepspeed(cuda)
-    elif ranks > 1 and not cuda:
+    if not cuda and (ranks > 1 or config.deepspeed is not None):
         # Unless it is told so, Trainer sees no ranks on a machine without a GPU, and each would train alone.
         values["use_cpu"] = True
     try:
@@ -133,8 +133,8 @@ def check_names(where: str, given: Mapping[str, Any], known: set[str]) -> None:
         raise ConfigError(faults)
 
 
-def _precision(given: dict[str, Any], cuda: bool, say: Callable[[Event], None]) -> str:
-    """Takes what the machine cannot do out of ``given``, and says so."""
+def _precision(given: dict[str, Any], cuda: bool, say: Callable[[Event], None], by_default: bool) -> str:
+    """Takes what the machine cannot do out of ``given``, and says so. bfloat16 is the default where a GPU has it."""
     import torch
 
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -161,7 +161,7 @@ def _precision(given: dict[str, Any], cuda: bool, say: Callable[[Event], None]) 
         return "float32"
     if given.get("fp16"):
         return "float16"
-    if given.get("bf16") is None and bf16 and not given.get("deepspeed"):
+    if given.get("bf16") is None and bf16 and by_default:
         given["bf16"] = True
     return "bfloat16" if given.get("bf16") else "float32"
 
@@ -206,6 +206,8 @@ def _start_deepspeed(cuda: bool) -> None:
 
     if importlib.util.find_spec("deepspeed") is None:
         raise MissingPackage("deepspeed", "deepspeed", "Training with a DeepSpeed configuration")
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
     if not deepspeed.comm.is_initialized():

@@ -14,7 +14,8 @@ from llmnb.cli import doctor, main, paper, parsing, settings
 from llmnb.errors import ConfigError
 from llmnb.events import Metric, Note
 
-COMMANDS = ("quickstart", "train", "runs", "watch", "stop", "chat", "show", "db", "ray", "doctor")
+COMMANDS = ["quickstart", "train", "runs", "watch", "stop", "chat"]
+COMMANDS += ["data", "checkpoints", "show", "db", "ray", "doctor"]
 HEAVY = ("torch", "transformers", "ray", "pymongo", "plotly", "IPython", "rich", "numpy", "deepspeed")
 
 
@@ -414,6 +415,16 @@ def test_runs_watch_show(trained, capsys):
     for words in (["model"], ["model", "sums"], ["checkpoint"], ["checkpoint", run], ["run"], ["collection"], []):
         assert main(["show", *words, *where]) == 0
         assert "sums" in capsys.readouterr().out
+    for words in ([], ["latest"], [run]):
+        assert main(["checkpoints", *words, *where]) == 0
+        assert capsys.readouterr().out.count(run) == 2
+    assert main(["data", *where]) == 0
+    assert "sums" in capsys.readouterr().out
+    assert main(["data", "sums", *where]) == 0
+    said = capsys.readouterr().out
+    assert "_fold" in said and "0+1=" in said
+    assert main(["data", "sum", *where]) == 1
+    assert "did you mean 'sums'" in capsys.readouterr().err
     assert main(["stop", run, *where]) == 1
     assert "has ended already" in capsys.readouterr().err
     assert main(["watch", run[:-1] + "x", *where]) == 1

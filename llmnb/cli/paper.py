@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from ..events import Event, Metric, Note
 
-__all__ = ["Follower", "about", "count", "fact", "figure", "local_time", "one_line", "size", "table", "width"]
+__all__ = ["Follower", "about", "count", "fact", "figure", "local_time", "one_line", "place", "size", "table", "width"]
 
 _LABEL = 13  # columns of the label that a fact begins with
 _PLAIN_SHARE = 0.25  # without a terminal a line is printed each time this share of the steps is done
@@ -36,13 +36,13 @@ def fact(label: str, text: str) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], indent: int = 0) -> None:
-    """Aligned columns, numbers on the right. Empty columns are left out."""
+    """Aligned columns, numbers on the right. Empty columns are left out, and so is a line of empty headings."""
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     used = [i for i in range(len(columns)) if any(row[i] for row in cells)]
     lines = [[columns[i] for i in used], *([row[i] for i in used] for row in cells)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(used))]
     right = [all(_is_number(line[i]) for line in lines[1:]) for i in range(len(used))]
-    for line in lines:
+    for line in lines if any(lines[0]) else lines[1:]:
         parts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
         print((" " * indent + "  ".join(parts)).rstrip())
 
@@ -69,6 +69,13 @@ def size(number: float) -> str:
         if number >= scale:
             return f"{number / scale:.{1 if number < 10 * scale else 0}f} {unit}"
     return f"{number:.0f} B"
+
+
+def place(store: Any) -> str:
+    """Where a database is, in a few words; without its password."""
+    if store.embedded:
+        return f"MongoDB {store.version} of this machine, in {store.home}"
+    return str(store.describe())
 
 
 def about(seconds: float) -> str:

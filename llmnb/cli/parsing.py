@@ -86,7 +86,7 @@ def _quickstart(commands: Any) -> None:
         "less than six minutes on two cores.",
     )
     made.add_argument("--limit", type=_count, metavar="N", help="only N documents (default: all, about 11 000)")
-    made.add_argument("--steps", type=_count, metavar="N", help="training steps (default: 300)")
+    made.add_argument("--steps", type=_count, metavar="N", help="training steps (default: 800)")
     made.add_argument("--background", action="store_true", help="train in a background job (Ray) and follow it")
     _where(made)
 
@@ -145,6 +145,12 @@ def _chat(commands: Any) -> None:
 
 
 def _stored(commands: Any) -> None:
+    made = _add(commands, "data", "showing", "list the collections, or look into one", "Its columns, with an example.")
+    made.add_argument("collection", nargs="?", metavar="COLLECTION", help="the collection; default: list them all")
+    _where(made)
+    made = _add(commands, "checkpoints", "showing", "list checkpoints, newest run last", "Or those of one run.")
+    made.add_argument("experiment", nargs="?", metavar="RUN", help="a run's id, or latest; default: all")
+    _where(made)
     made = _add(commands, "show", "showing", "list what is in the database: models, checkpoints, collections")
     made.add_argument("kind", nargs="?", choices=("model", "checkpoint", "run", "collection"), help="only this kind")
     made.add_argument("identifier", nargs="?", help="a model's name, or an experiment")

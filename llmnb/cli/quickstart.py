@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["quickstart", "recipe"]
 
 COLLECTION = IDENTIFIER = "stdlib"
-STEPS = 300
+STEPS = 800
 ROWS_PER_STEP = 16
 ANSWER = {"max_new_tokens": 60}
 
@@ -35,14 +35,13 @@ def recipe(home: str, steps: int = STEPS) -> dict[str, Any]:
         "lora_r": 16,
         "lora_alpha": 32,
         "lora_dropout": 0.0,
-        "learning_rate": 5e-3,
+        "learning_rate": 8e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(10, each),
         "max_steps": steps,
         "per_device_train_batch_size": ROWS_PER_STEP,
         "per_device_eval_batch_size": 32,
-        "train_sampling_strategy": "group_by_length",
-        "logging_steps": max(min(5, steps // 10), 1),
+        "logging_steps": max(min(10, steps // 10), 1),
         "eval_strategy": "steps",
         "eval_steps": each,
         "save_strategy": "steps",
@@ -62,7 +61,7 @@ def quickstart(known: argparse.Namespace) -> int:
     hush()
 
     database = connect(known.uri, home=known.home)
-    paper.fact("Database", database.store.describe())
+    paper.fact("Database", paper.place(database.store))
     _documents(database, known.limit)
     base = _base(database)
     questions = _questions(database)

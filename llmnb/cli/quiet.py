@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 
 __all__ = ["hush"]
@@ -14,6 +13,10 @@ def hush() -> None:
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
     for name in ("transformers", "torch", "peft", "accelerate", "datasets", "bitsandbytes", "DeepSpeed"):
+        # A filter, too: some set their logger's level again when they are imported.
         logging.getLogger(name).setLevel(logging.ERROR)
-    # DeepSpeed reports the accelerator it found on standard output, at import.
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
+        logging.getLogger(name).addFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

@@ -11,7 +11,9 @@ from . import paper
 if TYPE_CHECKING:
     from ..db import Datalayer
 
-__all__ = ["show"]
+__all__ = ["checkpoints", "data", "show"]
+
+_LOOKED_AT = 50  # documents, for the columns that a collection has
 
 
 def show(known: argparse.Namespace) -> int:
@@ -21,12 +23,56 @@ def show(known: argparse.Namespace) -> int:
     database = connect(known.uri, home=known.home)
     printers = {"collection": _collections, "model": _models, "checkpoint": _checkpoints, "run": _runs}
     if known.kind is None:
-        paper.fact("Database", database.store.describe())
+        paper.fact("Database", paper.place(database.store))
         for kind, printer in printers.items():
             print(f"\n{kind}s")
             printer(database, None)
     else:
         printers[known.kind](database, known.identifier)
+    return 0
+
+
+def data(known: argparse.Namespace) -> int:
+    """Collections, or the columns of one."""
+    from ..db import connect
+    from ..query import Collection
+
+    database = connect(known.uri, home=known.home)
+    if known.collection is None:
+        _collections(database, None)
+        return 0
+    _collections(database, known.collection)
+    columns: dict[str, list[Any]] = {}
+    found = list(database.execute(Collection(known.collection).find().limit(_LOOKED_AT)))
+    for document in found:
+        for name, value in document.items():
+            columns.setdefault(name, []).append(value)
+    room = paper.width() - 40
+    print()
+    paper.table(
+        ("column", "type", "", "example"),
+        [
+            (
+                name,
+                " or ".join(sorted({type(value).__name__ for value in values})),
+                "" if len(values) == len(found) else f"in {len(values)} of {len(found)}",
+                paper.one_line(values[0], room),
+            )
+            for name, values in columns.items()
+        ],
+        indent=2,
+    )
+    return 0
+
+
+def checkpoints(known: argparse.Namespace) -> int:
+    """Checkpoints of all runs, or of one."""
+    from ..db import connect
+
+    database = connect(known.uri, home=known.home)
+    found = database.show("checkpoint")
+    name = found[-1] if known.experiment == "latest" and found else known.experiment
+    _checkpoints(database, name)
     return 0
 
 

@@ -29,7 +29,7 @@ def train(known: argparse.Namespace) -> int:
 
     hush()
     database = connect(known.uri, home=known.home)
-    paper.fact("Database", database.store.describe())
+    paper.fact("Database", paper.place(database.store))
     if known.detach:
         run = _given(database.apply(model, wait=False))
         print(f"Run {run.id} goes on in the background.\n  llmnb watch {run.id}\n  llmnb stop {run.id}")

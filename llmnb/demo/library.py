@@ -133,18 +133,18 @@ def _contents(found: Sequence[Entry]) -> Iterator[tuple[str, Entry, str, str]]:
             yield "holds", entry, f"Which functions are in `{entry['name']}`?", f"`{entry['name']}` has {listed}{more}."
 
 
-def passages(found: Iterable[Entry] | None = None, length: int = 800, longest: int = 600) -> list[dict[str, Any]]:
-    """The plain documentation, for pre-training: what pydoc would print, not questions and answers.
+def passages(found: Iterable[Entry] | None = None, length: int = 800, longest: int = 300) -> list[dict[str, Any]]:
+    """The plain documentation, for pre-training: what ``help()`` prints, not questions and answers.
 
     Args:
         found: all entries when not given.
         length: characters of a passage, about; entries are put together until it is reached.
-        longest: characters of an entry; the rest of a long docstring is left out.
+        longest: characters of a docstring; the rest of its lines is left out.
 
     Returns:
         ``{"_id", "text"}``, in an order that mixes modules and is the same everywhere.
     """
-    texts = [_printed(e)[:longest] for e in (entries() if found is None else found)]
+    texts = [_printed(e, longest) for e in (entries() if found is None else found)]
     texts.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
     out: list[dict[str, Any]] = []
     piece: list[str] = []
@@ -158,5 +158,9 @@ def passages(found: Iterable[Entry] | None = None, length: int = 800, longest: i
     return out
 
 
-def _printed(entry: Entry) -> str:
-    return f"{entry['name']}{entry['signature']}\n{entry['doc']}"
+def _printed(entry: Entry, longest: int) -> str:
+    doc = entry["doc"]
+    if len(doc) > longest:
+        doc = doc[:longest].rpartition("\n")[0] or doc[:longest]
+    head = f"Help on {entry['kind']} {entry['name']} in {entry['module']}:"
+    return f"{head}\n\n{entry['name']}{entry['signature']}\n{doc.rstrip()}"

@@ -175,6 +175,15 @@ def test_the_base_is_made_once(base):
     assert not [p.name for p in path.iterdir() if p.suffix in (".pt", ".bin", ".pth") or "state" in p.name]
 
 
+def test_a_busy_machine_stops_in_time_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(newborn, "LONGEST_S", 0.0)
+    said = []
+    path = demo.base_model(tmp_path, said.append, steps=50)
+    assert (path / "config.json").is_file()
+    warned = [event for event in said if getattr(event, "level", "") == "warning"]
+    assert len(warned) == 1 and "of 50 steps" in warned[0].text and warned[0].data["done"] < 5
+
+
 def test_another_recipe_is_another_base(base, monkeypatch):
     path, home, _ = base
     monkeypatch.setattr(newborn, "_make", lambda work, *_: _marked(work))

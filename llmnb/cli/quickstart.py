@@ -103,6 +103,8 @@ def _base(database: Datalayer) -> str:
         )
     else:
         paper.fact("Base model", "the one made here before")
+    for text in follower.warnings:
+        paper.fact("", text)
     return str(path)
 
 

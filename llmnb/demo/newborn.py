@@ -121,7 +121,13 @@ def _make(work: Path, recipe: dict[str, Any], texts: list[dict[str, Any]], say: 
         return "stop" if time.monotonic() > end else None
 
     hooks = Hooks(say=say, checkpoint=keep, control=control, started=started)
-    train(ModelSpec("stdlib-base", str(first)), config, {"train": lambda: texts}, hooks, workdir=work)
+    done = train(ModelSpec("stdlib-base", str(first)), config, {"train": lambda: texts}, hooks, workdir=work)
+    if done.stopped:
+        text = (
+            f"This machine was too busy: the base was pre-trained for {done.last_step} of {recipe['steps']} steps, and "
+            f"will answer worse. To make it again, delete {work.parent}."
+        )
+        say(Note(level="warning", text=text, data={"done": done.last_step}))
     for name in (
         "training_args.bin",
         "trainer_state.json",

@@ -25,6 +25,7 @@ __all__ = [
     "Status",
     "about",
     "best",
+    "best_checkpoint",
     "broke",
     "downsample",
     "fold",
@@ -332,6 +333,15 @@ def best(curve: Curve) -> tuple[int, float] | None:
     return int(evaluated.steps[place]), float(evaluated.values[place])
 
 
+def best_checkpoint(curve: Curve) -> int | None:
+    """The step of the best checkpoint: the one the run chose, else the one at the lowest evaluation loss."""
+    chosen = [c.step for c in curve.checkpoints if c.best]
+    if chosen:
+        return chosen[-1]
+    lowest = best(curve)
+    return lowest[0] if lowest and any(c.step == lowest[0] for c in curve.checkpoints) else None
+
+
 def broke(curve: Curve) -> int | None:
     """The first step of the newest stretch whose training loss is not a finite number; None when the newest is."""
     values = curve["loss"].values
@@ -410,13 +420,12 @@ def _facts(curve: Curve) -> Iterable[tuple[str, str]]:
 
 
 def _checkpoint_words(checkpoint: CheckpointSaved, curve: Curve) -> str:
-    lowest = best(curve)
     parts = [f"step {number(checkpoint.step)}"]
     if "eval_loss" in checkpoint.metrics:
         parts.append(f"eval {figure(checkpoint.metrics['eval_loss'])}")
     if checkpoint.size:
         parts.append(size(checkpoint.size))
-    if checkpoint.best or (lowest and lowest[0] == checkpoint.step):
+    if checkpoint.step == best_checkpoint(curve):
         parts.append("best")
     return "  ".join(parts)
 

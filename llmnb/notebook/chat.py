@@ -191,9 +191,11 @@ class Answers:
                 for piece in chats.ask(speaker, self.prompt, sampling):
                     first = first or time.monotonic()
                     self.notes[i] = "answering…"
-                    self.texts[i] += piece
+                    self.texts[i] = (self.texts[i] + piece).lstrip("\n")
                     self.show()
-                self.notes[i] = f"{time.monotonic() - (first or start):.1f} s"
+                self.texts[i] = self.texts[i].rstrip()
+                empty = "" if self.texts[i] else "nothing but white space, "
+                self.notes[i] = f"{empty}{time.monotonic() - (first or start):.1f} s"
             except KeyboardInterrupt:
                 chats.stop(speaker)
                 self.notes[i] = "stopped"

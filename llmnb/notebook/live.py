@@ -130,6 +130,7 @@ class LiveView:
 
     def _words(self) -> dict[str, Any]:
         words = series.status(self._curve, time.time())
+        chosen = series.best_checkpoint(self._curve)
         return {
             "title": self._title,
             "state": words.state,
@@ -141,7 +142,7 @@ class LiveView:
             "points": words.points,
             "total": self._curve.total,
             "checkpoints": words.checkpoints[:4],
-            "marks": [(c.step, c.best) for c in self._curve.checkpoints],
+            "marks": [(c.step, c.step == chosen) for c in self._curve.checkpoints],
         }
 
     def _snapshot(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import argument, magic_arguments
+from IPython.display import display
 
 from ..errors import ConfigError, Fault, NotFound
 from ..query import Collection
@@ -113,9 +114,8 @@ class LlmMagics(Magics):
         """
         plan = self._plan(known, named(rest))
         if not known.start:
-            print("Nothing was started. The same line with --start trains in the background.\n")
-            print(plan.table())
-            print("\nThe same in Python:\n")
+            display(plan.table())
+            print("The same in Python:\n")
             print(plan.python())
             return None
         run = self.session.database().apply(plan.llm, wait=False)
@@ -335,15 +335,20 @@ def _look_into(store: Any, select: Any, rows: int) -> Table:
             name,
             " or ".join(sorted({type(v).__name__ for v in values})),
             "" if len(values) == len(found) else f"in {len(values)} of {len(found)}",
-            *(short(document.get(name, ""), 48) for document in found[:rows]),
+            *(_example(document.get(name, "")) for document in found[:rows]),
         )
-        for name, values in columns.items()
+        for name, values in sorted(columns.items(), key=lambda item: item[0].startswith("_"))
     ]
     folds = {fold: store.execute(_counted(select, fold)) for fold in ("train", "valid")}
     said = ", ".join(f"{count} {fold}" for fold, count in folds.items() if count)
     heads = ("column", "type", "", *(f"document {i + 1}" for i in range(min(rows, len(found)))))
     caption = f"{select.collection}: {total} documents" + (f" ({said})" if said else "")
     return Table(heads, listed, caption=caption, empty="No document matches.")
+
+
+def _example(value: Any) -> str:
+    """A value as text; strings and ids without quotes."""
+    return short(str(value) if type(value).__name__ == "ObjectId" else value, 160)
 
 
 def _counted(select: Any, fold: str) -> Any:

@@ -102,7 +102,8 @@ class Plan:
                     _help(name),
                 )
             )
-        return Table(("setting", "value", "unit", "", "what it does"), rows)
+        said = "Nothing was started. The same line with --start trains in the background."
+        return Table(("setting", "value", "unit", "", "what it does"), rows, caption=said)
 
     def python(self) -> str:
         """The Python lines that do the same."""
@@ -143,7 +144,7 @@ def _unit(name: str) -> str:
 
 
 def _help(name: str) -> str:
-    for cls in (TrainConfig, ModelSpec):
+    for cls in (ModelSpec, TrainConfig):
         if name in cls.__dataclass_fields__:
             return str(cls.__dataclass_fields__[name].metadata.get("help", ""))
     option = options.training_arguments().get(name)

@@ -42,6 +42,7 @@ def plot(run: Any, *, weight: float = 0.6) -> Any:
             x=evaluated.steps, y=evaluated.values, name="eval", mode="lines+markers", line={"color": grey}
         )
     if curve.checkpoints:
+        best = series.best_checkpoint(curve)
         floor = [0.0] * len(curve.checkpoints)
         figure.add_scatter(
             x=[c.step for c in curve.checkpoints],
@@ -50,11 +51,13 @@ def plot(run: Any, *, weight: float = 0.6) -> Any:
             name="checkpoint",
             mode="markers",
             marker={
-                "symbol": ["diamond" if c.best else "circle-open" for c in curve.checkpoints],
+                "symbol": ["diamond" if c.step == best else "circle-open" for c in curve.checkpoints],
                 "color": grey,
                 "size": 9,
             },
-            hovertext=[" ".join(filter(None, (f"step {c.step}", "best" if c.best else ""))) for c in curve.checkpoints],
+            hovertext=[
+                " ".join(filter(None, (f"step {c.step}", "best" if c.step == best else ""))) for c in curve.checkpoints
+            ],
             hoverinfo="text",
         )
     figure.update_layout(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..series import Curve, Floats, Picture, Status, figure, marks, number, picture, status
+from ..series import Curve, Floats, Picture, Status, best_checkpoint, figure, marks, number, picture, status
 from .tables import local_time
 
 __all__ = ["bundle", "page", "svg", "text", "title_of"]
@@ -95,7 +95,7 @@ def _keys(curve: Curve) -> str:
         words.append("points: eval")
     if curve.checkpoints:
         words.append("○ checkpoint")
-    if any(c.best for c in curve.checkpoints):
+    if best_checkpoint(curve) is not None:
         words.append("◆ best")
     return f'<div style="opacity:.75">{" &nbsp; ".join(words)}</div>'
 
@@ -131,9 +131,10 @@ def svg(curve: Curve) -> str:
     for step, value in zip(evaluated.steps, evaluated.values, strict=True):
         if math.isfinite(value):
             parts.append(f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3" fill="{_GREY}"/>')
+    chosen = best_checkpoint(curve)
     for saved in curve.checkpoints:
         cx = f"{x(float(saved.step)):.1f}"
-        if saved.best:
+        if saved.step == chosen:
             parts.append(f'<path d="M{cx} {floor - 5}l5 5l-5 5l-5 -5Z" fill="{_GREY}"/>')
         else:
             parts.append(f'<circle cx="{cx}" cy="{floor}" r="3.5" stroke="{_GREY}" stroke-width="1.5"/>')

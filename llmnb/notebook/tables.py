@@ -84,7 +84,7 @@ class Table:
 def _row(tag: str, cells: Sequence[str], right: Sequence[bool]) -> str:
     out = ["<tr>"]
     for cell, side in zip(cells, right, strict=True):
-        style = _CELL.format(side="right" if side else "left", wrap="normal" if len(cell) > 60 else "nowrap")
+        style = _CELL.format(side="right" if side else "left", wrap="normal" if len(cell) > 30 else "nowrap")
         weight = ";font-weight:600" if tag == "th" else ""
         out.append(f'<{tag} style="{style}{weight}">{html.escape(cell)}</{tag}>')
     return "".join([*out, "</tr>"])

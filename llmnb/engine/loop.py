@@ -157,7 +157,8 @@ class Loop(Trainer):
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
-        self._watch.look("grad_norm", norm, self.state.global_step + 1)
+        if norm is not None:  # DeepSpeed without ZeRO knows none
+            self._watch.look("grad_norm", norm, self.state.global_step + 1)
         return norm
 
     def _maybe_log_save_evaluate(

@@ -2,7 +2,7 @@
 
 ``fold(curve, events)`` is a pure function: the same events give the same ``Curve``, in one go or piece by piece,
 whether the run is live or long over. Around it: smoothing, downsampling that keeps spikes and gaps, the best
-step, and the time left in words. This room knows no database, no notebook and no chart.
+step, the pace. This room knows no database, no notebook and no chart.
 """
 
 from __future__ import annotations
@@ -22,23 +22,18 @@ __all__ = [
     "Curve",
     "Picture",
     "Points",
-    "Status",
-    "about",
     "best",
     "best_checkpoint",
     "broke",
     "downsample",
     "fold",
-    "figure",
+    "joined",
     "kept",
     "marks",
-    "number",
     "picture",
     "rate",
     "seconds_left",
-    "size",
     "smooth",
-    "status",
     "told",
 ]
 
@@ -170,7 +165,7 @@ def fold(curve: Curve, events: Iterable[Event]) -> Curve:
     for event in fresh:
         if isinstance(event, Metric):
             if event.step < step:
-                series = {name: points.before(event.step) for name, points in _joined(series, said).items()}
+                series = {name: points.before(event.step) for name, points in _extended(series, said).items()}
                 said = {}
             first, step, epoch = first or event.time, event.step, event.epoch
             for name, value in event.values.items():
@@ -188,7 +183,7 @@ def fold(curve: Curve, events: Iterable[Event]) -> Curve:
     return replace(
         curve,
         seq=fresh[-1].seq,
-        series=_joined(series, said),
+        series=_extended(series, said),
         state=state,
         reason=reason,
         checkpoints=tuple(checkpoints[s] for s in sorted(checkpoints)),
@@ -199,10 +194,15 @@ def fold(curve: Curve, events: Iterable[Event]) -> Curve:
     )
 
 
-def _joined(
+def _extended(
     series: Mapping[str, Points], said: Mapping[str, tuple[list[float], list[float], list[float]]]
 ) -> dict[str, Points]:
     return {**series, **{name: series.get(name, Points()).extended(*columns) for name, columns in said.items()}}
+
+
+def joined(*parts: str) -> str:
+    """The parts that say something, with semicolons between."""
+    return "; ".join(part for part in parts if part)
 
 
 def told(curve: Curve, record: Mapping[str, Any]) -> Curve:
@@ -213,7 +213,7 @@ def told(curve: Curve, record: Mapping[str, Any]) -> Curve:
     """
     counts, error = record.get("counts") or {}, record.get("error") or {}
     state = str(record.get("state") or curve.state)
-    reason = _join(str(error.get("what") or ""), str(error.get("todo") or "")) if error else ""
+    reason = joined(str(error.get("what") or ""), str(error.get("todo") or "")) if error else ""
     return replace(
         curve,
         run=str(record.get("_id") or curve.run),
@@ -351,85 +351,6 @@ def broke(curve: Curve) -> int | None:
     return int(curve["loss"].steps[finite[-1] + 1 if len(finite) else 0])
 
 
-# --- words and figures ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Status:
-    """The words beside a chart, ready to be shown as text.
-
-    Attributes:
-        state: a word.
-        step: "step 420 / 1 482".
-        share: progress from 0 to 1, None while the end is unknown.
-        left: "about 27 min left", or "".
-        facts: label and figure: loss, eval, tokens/s, memory.
-        alert: what went wrong, or "".
-        points: training losses so far.
-        checkpoints: one line for each kept in sight, newest first.
-    """
-
-    state: str
-    step: str
-    share: float | None
-    left: str
-    facts: tuple[tuple[str, str], ...]
-    alert: str
-    points: int
-    checkpoints: tuple[str, ...]
-
-
-def status(curve: Curve, now: float) -> Status:
-    """The words for a curve. ``now``: seconds since the epoch, for the time left."""
-    total, step = curve.total, curve.step
-    seconds = None if curve.ended else seconds_left(curve, now)
-    bad = broke(curve)
-    alert = curve.reason if curve.state in ("failed", "lost") else ""
-    if bad is not None:
-        alert = _join(f"the loss is not a number since step {bad}: often a learning rate that is too high", alert)
-    words = f"step {number(step)}" + (f" / {number(total)}" if total else "")
-    return Status(
-        state=curve.state or "queued",
-        step=words,
-        share=min(1.0, step / total) if total else None,
-        left=f"{about(seconds)} left" if seconds is not None else "",
-        facts=tuple(_facts(curve)),
-        alert=alert,
-        points=curve.points,
-        checkpoints=tuple(_checkpoint_words(c, curve) for c in reversed(curve.checkpoints)),
-    )
-
-
-def _join(*parts: str) -> str:
-    return "; ".join(part for part in parts if part)
-
-
-def _facts(curve: Curve) -> Iterable[tuple[str, str]]:
-    if curve.points:
-        yield "loss", figure(curve["loss"].last)
-    evaluated, lowest = curve["eval_loss"], best(curve)
-    if len(evaluated):
-        at = f" (best {figure(lowest[1])} at {number(lowest[0])})" if lowest else ""
-        yield "eval", figure(evaluated.last) + at
-    speed = rate(curve)
-    if speed is not None:
-        yield "", f"{number(speed)} tokens/s"
-    memory = curve["memory"].last
-    if memory:
-        yield "", size(memory)
-
-
-def _checkpoint_words(checkpoint: CheckpointSaved, curve: Curve) -> str:
-    parts = [f"step {number(checkpoint.step)}"]
-    if "eval_loss" in checkpoint.metrics:
-        parts.append(f"eval {figure(checkpoint.metrics['eval_loss'])}")
-    if checkpoint.size:
-        parts.append(size(checkpoint.size))
-    if checkpoint.step == best_checkpoint(curve):
-        parts.append("best")
-    return "  ".join(parts)
-
-
 def rate(curve: Curve) -> float | None:
     """Trained tokens per second lately, or None when the run does not say."""
     said = curve["tokens_per_second"]
@@ -451,47 +372,6 @@ def seconds_left(curve: Curve, now: float) -> float | None:
         return None
     left = (curve.total - lately.steps[-1]) * seconds / steps
     return max(0.0, float(left) - max(0.0, now - float(lately.times[-1])))
-
-
-def about(seconds: float) -> str:
-    """A stretch of time as one says it: "about 3 min", "about 2 h 10 min", "a few seconds"."""
-    if seconds < 10:
-        return "a few seconds"
-    if seconds < 55:
-        return f"about {round(seconds / 10) * 10} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"about {max(1, minutes)} min"
-    if minutes < 60 * 24:
-        minutes = round(minutes / 10) * 10
-        return f"about {minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
-    hours = round(seconds / 3600)
-    return f"about {hours // 24} d" + (f" {hours % 24} h" if hours % 24 else "")
-
-
-def number(value: float) -> str:
-    """A count with narrow gaps between thousands: ``1 482``."""
-    return f"{round(value):,}".replace(",", "\u202f")
-
-
-def figure(value: float | None) -> str:
-    """A loss: four significant digits, and never a false zero."""
-    if value is None:
-        return "–"
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Inf" if value > 0 else "-Inf")
-    if value and not 0.001 <= abs(value) < 1e6:
-        return f"{value:.4g}"
-    return number(value) if abs(value) >= 1000 else f"{value:.3f}"
-
-
-def size(count: float) -> str:
-    """Bytes: ``18 MB``, ``6.1 GB`` (powers of ten)."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            value = count / scale
-            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
-    return f"{count:.0f} B"
 
 
 def marks(low: float, high: float, count: int = 5) -> list[float]:

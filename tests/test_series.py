@@ -1,4 +1,4 @@
-"""Events to curves: the reducer, smoothing, downsampling, and the words."""
+"""Events to curves: the reducer, smoothing, downsampling."""
 
 from __future__ import annotations
 
@@ -82,11 +82,8 @@ def test_trap10_zero_nan_and_inf_survive_and_the_step_is_named():
     values = curve["loss"].values
     assert values[1] == 0.0 and math.isnan(values[2]) and math.isinf(values[3])
     assert series.broke(curve) == 3
-    words = series.status(curve, now=1005.0)
-    assert "not a number since step 3" in words.alert and "learning rate" in words.alert
-    assert ("loss", "NaN") in words.facts
     healed = series.fold(curve, losses([0.5], start=6, seq=6))
-    assert series.broke(healed) is None and series.status(healed, 1006.0).alert == ""
+    assert series.broke(healed) is None
 
 
 def test_trap10_a_gap_stays_a_gap_when_downsampled_and_smoothed():
@@ -170,104 +167,13 @@ def test_a_range_reaches_its_edges():
     assert part.steps.tolist() == [20, 30, 40, 50]
 
 
-# --- words ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (0, "a few seconds"),
-        (12, "about 10 s"),
-        (57, "about 1 min"),
-        (170, "about 3 min"),
-        (3570, "about 1 h"),
-        (7800, "about 2 h 10 min"),
-        (90_000, "about 1 d 1 h"),
-    ],
-)
-def test_times_are_said_as_people_say_them(seconds, words):
-    assert series.about(seconds) == words
-
-
-def test_the_time_left_follows_the_newest_pace():
-    curve = series.told(
-        series.fold(Curve(), losses([1.0] * 21, seconds=2.0)), {"state": "running", "counts": {"steps": 111}}
-    )
-    assert series.seconds_left(curve, now=1040.0) == pytest.approx(180)
-    assert series.seconds_left(curve, now=1100.0) == pytest.approx(120)
-    words = series.status(curve, now=1040.0)
-    assert words.left == "about 3 min left" and words.share == pytest.approx(21 / 111) and words.step == "step 21 / 111"
-
-
-def test_no_time_is_promised_without_grounds():
-    running = {"state": "running", "counts": {"steps": 50}}
-    assert series.status(series.told(Curve(), running), 0).left == ""
-    assert series.status(series.told(series.fold(Curve(), losses([1.0])), running), 0).left == ""
-    assert series.status(series.fold(Curve(), losses([1.0, 2.0])), 0).left == "", "the end is not known"
-    ended = series.told(series.fold(Curve(), losses([1.0, 2.0])), {**running, "state": "stopped"})
-    assert series.status(ended, 0).left == ""
-
-
-def test_facts_and_checkpoints_in_words():
-    curve = series.fold(
-        Curve(),
-        [
-            Metric(seq=1, step=300, values={"loss": 1.9, "tokens_per_second": 1720.4, "memory": 6.02e9}),
-            Metric(seq=2, step=300, values={"eval_loss": 1.9}),
-            CheckpointSaved(seq=3, step=300, digest="a", size=18_000_000, metrics={"eval_loss": 1.9}, best=True),
-            Metric(seq=4, step=1400, values={"loss": 1.83, "tokens_per_second": 1720.4, "memory": 6.02e9}),
-            Metric(seq=5, step=1400, values={"eval_loss": 1.91}),
-            CheckpointSaved(seq=6, step=1400, digest="b", size=18_000_000, metrics={"eval_loss": 1.91}),
-        ],
-    )
-    words = series.status(curve, 0)
-    assert words.facts == (
-        ("loss", "1.830"),
-        ("eval", "1.910 (best 1.900 at 300)"),
-        ("", "1\u202f720 tokens/s"),
-        ("", "6.0 GB"),
-    )
-    assert words.checkpoints == ("step 1\u202f400  eval 1.910  18 MB", "step 300  eval 1.900  18 MB  best")
-    assert words.share is None and words.step == "step 1\u202f400"
-
-
 def test_speed_from_tokens_when_the_run_says_no_speed():
     events = [Metric(seq=i, time=100.0 + i, step=i, values={"tokens": 500.0 * i}) for i in (1, 2, 3)]
     assert series.rate(series.fold(Curve(), events)) == pytest.approx(500)
     assert series.rate(series.fold(Curve(), events[:1])) is None
 
 
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        (1.8349, "1.835"),
-        (0.0, "0.000"),
-        (0.00001234, "1.234e-05"),
-        (math.nan, "NaN"),
-        (-math.inf, "-Inf"),
-        (12345.6, "12\u202f346"),
-        (3.2e7, "3.2e+07"),
-        (None, "–"),
-    ],
-)
-def test_figures(value, words):
-    assert series.figure(value) == words
-
-
 def test_marks_are_round_and_inside():
     assert series.marks(0, 100) == [0, 20, 40, 60, 80, 100]
     assert series.marks(1.83, 2.41, 4) == [2.0, 2.2, 2.4]
     assert series.marks(1, 1) == [] and series.marks(math.nan, 2) == []
-
-
-def test_an_empty_curve_has_words_too():
-    words = series.status(Curve(), 0)
-    assert (words.state, words.step, words.share, words.left, words.facts, words.alert) == (
-        "queued",
-        "step 0",
-        None,
-        "",
-        (),
-        "",
-    )
-    assert series.best(Curve()) is None and series.broke(Curve()) is None

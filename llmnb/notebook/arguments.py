@@ -211,6 +211,8 @@ def _value(name: str, text: str, types: frozenset[str], names: Mapping[str, Any]
     if name in _OBJECTS and text.isidentifier() and text in names:
         return names[text]
     value = options.parse(name, text, types)
+    if isinstance(value, float) and text.strip().lstrip("+-").isdigit():
+        value = int(text)  # as it was typed; taken where a float is asked for
     if name == "key" and isinstance(value, str) and "," in value:
         return tuple(part.strip() for part in value.split(","))
     if name == "key" and isinstance(value, list):

@@ -165,7 +165,7 @@ class Answers:
         font = "font-family:var(--jp-ui-font-family,var(--vscode-font-family,sans-serif))"
         columns = []
         for head, note, text in zip(self.heads, self.notes, self.texts):
-            said = "white-space:pre-wrap;overflow-wrap:anywhere;min-height:1.5em"
+            said = "white-space:pre-wrap;overflow-wrap:anywhere;word-break:break-word;min-height:1.5em"
             columns.append(
                 f'<div style="flex:1 1 260px;min-width:0;border-top:{line};padding:4px 0 2px" class="llmnb-answer">'
                 f'<div style="{dim}">{html.escape(head)}</div>'
@@ -186,16 +186,14 @@ class Answers:
             start = time.monotonic()
             self.notes[i] = "answering…" if len(chats) else "loading the model…"
             self.show(now=True)
-            first = 0.0
             try:
                 for piece in chats.ask(speaker, self.prompt, sampling):
-                    first = first or time.monotonic()
                     self.notes[i] = "answering…"
                     self.texts[i] = (self.texts[i] + piece).lstrip("\n")
                     self.show()
                 self.texts[i] = self.texts[i].rstrip()
                 empty = "" if self.texts[i] else "nothing but white space, "
-                self.notes[i] = f"{empty}{time.monotonic() - (first or start):.1f} s"
+                self.notes[i] = f"{empty}{time.monotonic() - start:.1f} s"
             except KeyboardInterrupt:
                 chats.stop(speaker)
                 self.notes[i] = "stopped"

@@ -23,6 +23,7 @@ from .. import series
 from ..series import Curve, Floats, Picture
 from . import still
 from .still import title_of
+from .words import status
 
 __all__ = ["LiveChart", "LiveView"]
 
@@ -129,7 +130,7 @@ class LiveView:
         return title_of(self._record)
 
     def _words(self) -> dict[str, Any]:
-        words = series.status(self._curve, time.time())
+        words = status(self._curve, time.time())
         chosen = series.best_checkpoint(self._curve)
         return {
             "title": self._title,

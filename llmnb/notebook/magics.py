@@ -208,7 +208,7 @@ class LlmMagics(Magics):
     @bordered
     def llm_checkpoints(self, known: Any, _rest: list[str], _cell: str | None) -> Table:
         """Lists checkpoints, newest experiment first."""
-        from .. import series
+        from . import words
 
         database = self.session.database()
         experiments = database.show("checkpoint")[::-1]
@@ -222,11 +222,11 @@ class LlmMagics(Magics):
                     (
                         experiment,
                         saved.step,
-                        "" if loss is None else series.figure(loss),
-                        series.size(saved.size),
+                        "" if loss is None else words.figure(loss),
+                        words.size(saved.size),
                         "best" if saved.best else "",
                         saved.kind,
-                        saved.base,
+                        saved.base.rstrip("/").rpartition("/")[2] if saved.base.startswith("/") else saved.base,
                         local_time(saved.created),
                     )
                 )
@@ -313,13 +313,13 @@ def _first_sentence(text: str) -> str:
 
 
 def _took(record: dict[str, Any]) -> str:
-    from .. import series
+    from . import words
 
     start, end = record.get("started"), record.get("ended")
     if not start or not end:
         return ""
     seconds = (end - start).total_seconds()
-    return f"{seconds:.0f} s" if seconds < 100 else series.about(seconds).removeprefix("about ")
+    return f"{seconds:.0f} s" if seconds < 100 else words.about(seconds).removeprefix("about ")
 
 
 def _look_into(store: Any, select: Any, rows: int) -> Table:

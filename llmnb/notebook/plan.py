@@ -86,24 +86,19 @@ class Plan:
     def table(self) -> Table:
         """The settings that were given, and those a person wants to know, with their consequence."""
         spec, config = self.llm.spec(), self.parcel.config
-        rows: list[Sequence[Any]] = [("model", spec.model_name_or_path, "", "", _help("model_name_or_path"))]
-        rows.append(("documents", short(select_code(config.select), 70), "", "", "which documents to train on"))
-        shown = [n for n in self.given if n not in ("model_name_or_path", "select")]
-        shown += [n for n in _ALWAYS if n not in shown and not (n == "lora_r" and not config.use_lora)]
-        for name in shown:
+        rows: list[Sequence[Any]] = [("model", spec.model_name_or_path, _help("model_name_or_path"))]
+        rows.append(("documents", select_code(config.select), "which documents to train on"))
+        given = [name for name in self.given if name not in ("model_name_or_path", "select")]
+        always = [n for n in _ALWAYS if n not in given and not (n == "lora_r" and not config.use_lora)]
+        for name in [*given, *always]:
             source = spec if name in {f.name for f in fields(ModelSpec)} - {"bits"} else self.llm.trainer
-            value = self._names.get(id(self.given[name])) if callable(self.given.get(name)) else None
-            rows.append(
-                (
-                    name,
-                    short(value or getattr(source, name), 40),
-                    _unit(name),
-                    "given" if name in self.given else "",
-                    _help(name),
-                )
-            )
+            by_name = self._names.get(id(self.given[name])) if callable(self.given.get(name)) else None
+            value = short(by_name or _plain(getattr(source, name)), 40)
+            unit = _unit(name) if value not in ("None", "none") else ""
+            words = " ".join(part for part in (value, unit, "" if name in self.given else "(default)") if part)
+            rows.append((name, words, _help(name)))
         said = "Nothing was started. The same line with --start trains in the background."
-        return Table(("setting", "value", "unit", "", "what it does"), rows, caption=said)
+        return Table(("setting", "value", "what it does"), rows, caption=said)
 
     def python(self) -> str:
         """The Python lines that do the same."""
@@ -114,13 +109,13 @@ class Plan:
         model = dict(self._model)
         identifier, path = model.pop("identifier"), model.pop("model_name_or_path")
         trainer = {k: v for k, v in self.given.items() if k not in self._model}
-        settings = ", ".join(f"{key}={self._code(value)}" for key, value in trainer.items())
-        more = "".join(f", {key}={self._code(value)}" for key, value in model.items())
+        settings = [repr(f"{identifier}-trainer"), *(f"{key}={self._code(value)}" for key, value in trainer.items())]
+        more = [f"{key}={self._code(value)}" for key, value in model.items()]
         return "\n".join(
             [
                 "from llmnb import Collection, LLM, LLMTrainer",
-                f"trainer = LLMTrainer({identifier + '-trainer'!r}, {settings})",
-                f"llm = LLM({identifier!r}, {path!r}{more}, trainer=trainer)",
+                _call("trainer = LLMTrainer", settings),
+                _call("llm = LLM", [repr(identifier), repr(path), *more, "trainer=trainer"]),
                 "run = db.apply(llm, wait=False)",
             ]
         )
@@ -131,6 +126,16 @@ class Plan:
         if callable(value) or not isinstance(value, (str, int, float, bool, type(None), dict, list, tuple)):
             return self._names.get(id(value), repr(value))
         return repr(value)
+
+
+def _call(head: str, arguments: Sequence[str]) -> str:
+    """A call in one line, or with one argument in each when that would be long."""
+    line = f"{head}({', '.join(arguments)})"
+    return line if len(line) <= 88 else head + "(\n" + "".join(f"    {a},\n" for a in arguments) + ")"
+
+
+def _plain(value: Any) -> Any:
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def _name_of(path: str) -> str:

@@ -97,12 +97,12 @@ class Session:
     def _say(run: Any) -> None:
         import time
 
-        from .. import series
         from . import still
         from .poller import read
+        from .words import status
 
         curve, record = read(run)
-        print(still.text(curve, still.title_of(record), series.status(curve, time.time())))
+        print(still.text(curve, still.title_of(record), status(curve, time.time())))
 
     # -- chats -----------------------------------------------------------------------------------------------
 

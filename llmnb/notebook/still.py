@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ..series import Curve, Floats, Picture, Status, best_checkpoint, figure, marks, number, picture, status
+from ..series import Curve, Floats, Picture, best_checkpoint, marks, picture
 from .tables import local_time
+from .words import Status, figure, number, status
 
 __all__ = ["bundle", "page", "svg", "text", "title_of"]
 

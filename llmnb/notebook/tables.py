@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["Table", "local_time", "short"]
 
-_CELL = "padding:2px 14px 2px 0;vertical-align:top;text-align:{side};white-space:{wrap}"
+_CELL = "padding:2px 14px 2px 0;vertical-align:top;text-align:{side};white-space:{wrap};word-break:break-word"
 _FONT = "font-variant-numeric:tabular-nums;font-family:var(--jp-ui-font-family,var(--vscode-font-family,sans-serif))"
 
 

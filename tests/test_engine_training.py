@@ -295,6 +295,7 @@ def test_trap10_nan_is_kept_and_its_step_is_named(value, every, tmp_path):
     assert all(math.isfinite(loss) for step, loss in losses.items() if step != bad), losses  # it went away again
     (note,) = [n for n in run.notes if n.level == "warning" and "NaN" in n.text]
     assert note.data["step"] == 3 and "step 3" in note.text and note.data["causes"]
+    assert "loss" in note.data["what"]
 
 
 def test_trap10_loss_zero_is_kept(tmp_path):

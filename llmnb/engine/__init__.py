@@ -7,6 +7,7 @@ folders to write to. Importing this package loads nothing heavy; its modules do.
 module       what it is for
 ============ =========================================================================
 bases        base models and tokenizers, from a folder or the hub, plain or quantised
+vocabulary   a row for every token, and a token to pad with
 fingerprints which weights a base has, without reading them all
 adapters     LoRA: attach, load, count; says which modules there are
 manifest     ``llmnb.json``, the card in every checkpoint folder

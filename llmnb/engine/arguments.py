@@ -6,6 +6,7 @@ Knows which precision a machine can do, and which settings need each other. Load
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def make_plan(config: TrainConfig, output: Path, *, eval_names: tuple[str, ...],
     }
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if config.deepspeed is not None:
-        values["deepspeed"] = thaw(config.deepspeed)
+        values["deepspeed"] = _deepspeed(thaw(config.deepspeed))
         _start_deepspeed(cuda)
     if not cuda and (ranks > 1 or config.deepspeed is not None):
         # Unless it is told so, Trainer sees no ranks on a machine without a GPU, and each would train alone.
@@ -196,6 +197,25 @@ def _evaluation(given: dict[str, Any], config: TrainConfig, names: tuple[str, ..
         # With named sets there is no plain eval_loss; the first name is the one to go by.
         given["metric_for_best_model"] = f"eval_{names[0]}_loss"
         given.setdefault("greater_is_better", False)
+
+
+def _deepspeed(given: Any) -> Any:
+    """A DeepSpeed configuration whose ZeRO-3 checkpoints are whole models: shards alone could not be loaded again.
+
+    Raises:
+        ConfigError: the file is not there or not JSON.
+    """
+    if isinstance(given, str):
+        try:
+            given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError([Fault("deepspeed", str(error), "a dict, or the path of a JSON file")]) from error
+    # DeepSpeed clips gradients in Trainer's place, and without a word on it would not heed max_grad_norm.
+    given.setdefault("gradient_clipping", "auto")
+    zero = given.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("stage") == 3:
+        zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
+    return given
 
 
 def _start_deepspeed(cuda: bool) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from ..config import ModelSpec, thaw
 from ..errors import MissingPackage, ModelError, near
 from .fingerprints import fingerprint
+from .vocabulary import ensure_pad, fit_vocabulary, vocabulary_rows
 
 __all__ = [
     "HUB",
@@ -29,6 +30,7 @@ __all__ = [
     "quantised_bits",
     "quiet",
     "translate_kwargs",
+    "vocabulary_rows",
     "where",
 ]
 
@@ -355,68 +357,3 @@ def explain(name: str, error: Exception, part: str) -> ModelError:
         todo = "check that the files are whole, and that this transformers knows the architecture"
     first = "\n".join(line for line in text.splitlines()[:3])
     return ModelError(f"The {part} {name} could not be loaded.", seen=f"{tried}; {first}", todo=todo)
-
-
-# --- vocabulary ---------------------------------------------------------------------------------------------
-
-
-def ensure_pad(tokenizer: Any, model: Any) -> str | None:
-    """Gives the tokenizer a padding token, and the model rows for every token.
-
-    The end-of-text token serves when there is one: rows are masked by position, so that it is still trained
-    where it ends a row. A token is added only when there is nothing to serve.
-
-    Returns:
-        What was done, in a sentence; None when nothing was needed.
-    """
-    said = None
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is not None:
-            tokenizer.pad_token = tokenizer.eos_token
-            said = (
-                f"The tokenizer has no padding token; {tokenizer.eos_token!r} serves (padding is masked by position)."
-            )
-        else:
-            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-            said = "The tokenizer has neither a padding nor an end-of-text token; '<|pad|>' was added."
-    if model is not None:
-        new = fit_vocabulary(model, tokenizer)
-        if new:
-            said = f"{said or ''} The embeddings grew by {new} rows, to fit the tokenizer.".strip()
-        model.config.pad_token_id = tokenizer.pad_token_id
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return said
-
-
-def fit_vocabulary(model: Any, tokenizer: Any, rows: int | None = None) -> int:
-    """Grows the embeddings to the tokenizer's size; never shrinks them.
-
-    A new row is the mean of the old ones, which is the same each time the same base is loaded: an adapter does not
-    have to carry the embeddings.
-
-    Args:
-        model: whose embeddings (and head) grow in place.
-        tokenizer: whose highest id must have a row.
-        rows: that many rows instead.
-
-    Returns:
-        How many rows were added.
-    """
-    import torch
-
-    have = model.get_input_embeddings().weight.shape[0]
-    need = rows or max(tokenizer.get_vocab().values(), default=-1) + 1
-    if need <= have:
-        return 0
-    model.resize_token_embeddings(need, mean_resizing=False)
-    with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if layer is None:
-                continue
-            weight = layer.weight
-            weight[have:] = weight[:have].float().mean(dim=0).to(weight.dtype)
-            bias = getattr(layer, "bias", None)
-            if bias is not None:
-                bias[have:] = bias[:have].float().mean().to(bias.dtype)
-    return need - have

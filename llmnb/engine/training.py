@@ -208,9 +208,9 @@ class TrainingRun:
         self.model, _ = bases.load_base(self.spec, bits=self.bits, training=True, dtype=plan.base_dtype)
         if not self.config.use_lora and getattr(self.model, "is_quantized", False):
             raise ConfigError([Fault("use_lora", "a quantised base cannot be trained whole", "use_lora=True")])
-        before = self.model.get_input_embeddings().weight.shape[0]
+        before = bases.vocabulary_rows(self.model)
         self._note(bases.ensure_pad(self.tokenizer, self.model))
-        after = self.model.get_input_embeddings().weight.shape[0]
+        after = bases.vocabulary_rows(self.model)
         return [i for i in range(before, after) if i != self.tokenizer.pad_token_id]
 
     def _note(self, text: str | None, level: str = "info") -> None:
@@ -286,7 +286,7 @@ class TrainingRun:
             "kind": "adapter" if self.config.use_lora else self.whole_kind,
             "chat_template": self.tokenizer.chat_template,
             "prompt_template": self.config.prompt_template or self.spec.prompt_template,
-            "vocabulary": self.model.get_input_embeddings().weight.shape[0],
+            "vocabulary": bases.vocabulary_rows(self.model),
             "precision": plan.precision,
             "bits": self.counts["bits"],
             "versions": manifest.versions(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 
 from llmnb import LLM, Collection, Document, LLMTrainer, LLMTrainingConfiguration, connect, demo
+from llmnb.launch import cluster
 
 
 @pytest.fixture(params=["mongomock", pytest.param("mongod", marks=pytest.mark.mongod)])
@@ -22,7 +23,7 @@ def db(request, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def texts():
-    rows = demo.documents(limit=48)
+    rows = demo.documents()[:48]
     return [{"text": f"{row['prompt']}\n{row['response']}"} for row in rows]
 
 
@@ -104,6 +105,53 @@ def test_qlora_then_load_a_specified_checkpoint(db, texts, tiny_llama):
     assert isinstance(llm.predict("textwrap.", max_new_tokens=5), str)
 
 
+@pytest.fixture
+def on_mongod(mongo_uri, tmp_path, monkeypatch):
+    """A database that Ray's workers can reach; its cluster ends with the test."""
+    monkeypatch.chdir(tmp_path)
+    db = connect(mongo_uri, home=tmp_path / "home")
+    yield db
+    db.close()
+    cluster.stop(tmp_path / "home", patience=2.0)
+
+
+@pytest.mark.ray
+@pytest.mark.mongod
+@pytest.mark.slow
+@pytest.mark.deepspeed
+@pytest.mark.bitsandbytes
+def test_deepspeed_then_multi_gpus(on_mongod, texts, tiny_llama):
+    db = on_mongod
+    insert(db, texts)
+    deepspeed = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {
+            "stage": 2,
+        },
+    }
+    trainer = build_trainer(max_steps=2)
+    trainer.use_lora = True
+    trainer.bits = 4
+    trainer.deepspeed = deepspeed
+    train_and_load(db, trainer, tiny_llama)
+    counts = db.run("latest").record["counts"]
+    assert (counts["ranks"], counts["bits"], counts["steps"]) == (1, 4, 2)
+
+    trainer = build_trainer(max_steps=2)
+    trainer.use_lora = True
+    trainer.bits = 4
+    trainer.num_gpus = 2
+    trained = train_and_load(db, trainer, tiny_llama)
+    run = db.run("latest")
+    counts = run.record["counts"]
+    assert (counts["ranks"], counts["bits"], counts["steps"]) == (2, 4, 2)
+    assert "2 workers train on the CPU" in " ".join(e.text for e in run.events() if e.kind == "note")
+    llm = db.load("model", "llm")
+    assert llm.predict("textwrap.", max_new_tokens=5) == trained.predict("textwrap.", max_new_tokens=5)
+
+
 # -- Transformers ---------------------------------------------------------------------------------------------------
 
 
@@ -165,3 +213,42 @@ def test_fit_with_a_training_configuration(db, texts, tiny_llama):
         db=db,
     )
     assert db.show("checkpoint", db.show("checkpoint")[-1]) == [2]
+
+
+@pytest.mark.ray
+@pytest.mark.mongod
+@pytest.mark.slow
+def test_fit_on_ray_with_ray_configs(on_mongod, texts, tiny_llama, tmp_path):
+    from ray.train import RunConfig, ScalingConfig
+
+    db = on_mongod
+    insert(db, texts)
+    llm = LLM(identifier="llm-finetune", model_name_or_path=tiny_llama)
+    base_config = LLMTrainingConfiguration(
+        identifier="llm-finetune-training-config", output_dir="output/llm-finetune", max_steps=2
+    )
+    scaling_config = ScalingConfig(
+        num_workers=2,  # Number of GPUs you need
+        use_gpu=True,
+    )
+    run_config = RunConfig(
+        storage_path=str(tmp_path / "llm-finetune"),
+        name="llm-finetune-test100",
+    )
+    ray_configs = {
+        "scaling_config": scaling_config,
+        "run_config": run_config,
+    }
+    llm.fit(
+        X="text",
+        select=Collection("datas").find(),
+        configuration=base_config,
+        db=db,
+        on_ray=True,
+        ray_configs=ray_configs,
+    )
+    run = db.run("latest")
+    assert run.record["counts"]["ranks"] == 2
+    assert (tmp_path / "llm-finetune" / "llm-finetune-test100").is_dir()
+    assert db.show("checkpoint", db.show("checkpoint")[-1]) == [2]
+    assert isinstance(llm.predict("textwrap.", max_new_tokens=5), str)

@@ -123,6 +123,14 @@ def test_trap15_conv1d_of_gpt2(tmp_path):
     assert json.loads((run.last / "adapter_config.json").read_text())["fan_in_fan_out"] is True
 
 
+def test_trap15_conv1d_is_among_the_modules_named():
+    from llmnb.engine.adapters import attach_lora
+
+    with pytest.raises(ModelError) as caught:
+        attach_lora(base_model("gpt2"), TrainConfig(lora_target_modules=["c_atn"]))
+    assert "c_attn (×2)" in str(caught.value) and "c_atn → c_attn" in caught.value.todo
+
+
 def test_a_wrong_lora_option_is_a_model_error():
     from llmnb.engine.adapters import attach_lora
 

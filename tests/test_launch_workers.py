@@ -47,6 +47,8 @@ def planned(ray_configs=None, *, gpus=0, bits=None, background=True, **settings)
         ({"gpus": None}, 1, False),
         ({"gpus": 4, "background": False}, 1, False),
         ({"deepspeed": {}}, 1, True),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}, "num_gpus": 2}, 2, True),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}, "bits": 4}, 1, True),
         ({"ray_configs": {"scaling_config": Scaling(3)}}, 3, True),
         ({"ray_configs": {"scaling_config": Scaling(2)}, "num_gpus": 2}, 2, True),
         ({"ray_configs": {"run_config": object()}}, 1, True),
@@ -69,6 +71,7 @@ def test_how_many_workers(settings, workers, on_ray):
         ({"ray_configs": {"scaling_config": {"num_workers": 2}}}, "must be a ray.train.ScalingConfig, not dict"),
         ({"ray_configs": {"scale_config": Scaling(2)}}, "did you mean scaling_config"),
         ({"deepspeed": {"zero_optimization": {"stage": 4}}}, "stage is 4"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}, "bits": 4}, "4-bit weights cannot be"),
         ({"deepspeed": {"fp16": {"enabled": True}}}, "fp16 is on, and this machine has no GPU"),
         ({"deepspeed": "nowhere.json"}, "nowhere.json cannot be read"),
     ],
@@ -229,12 +232,13 @@ def test_deepspeed_learns_what_one_worker_does(db, tiny_llama, tmp_path):
     two = db.apply(model(tiny_llama, tmp_path, per_device_train_batch_size=2, num_gpus=2, **shared), progress=False)
     assert close(losses(two), losses(one))
     assert db.load("model", "sums").checkpoint.experiment == two.id
-    path = tmp_path / "zero1.json"
-    path.write_text(json.dumps({**ZERO, "zero_optimization": {"stage": 1}}))
-    alone = db.apply(model(tiny_llama, tmp_path, per_device_train_batch_size=8, deepspeed=str(path)), wait=False).wait(
-        400
-    )
-    assert close(losses(alone), losses(one)) and alone.record["counts"]["ranks"] == 1
+    path = tmp_path / "zero3.json"
+    path.write_text(json.dumps({**ZERO, "zero_optimization": {"stage": 3}}))
+    shared["deepspeed"] = str(path)
+    whole = model(tiny_llama, tmp_path, per_device_train_batch_size=2, num_gpus=2, **shared)
+    taken_apart = db.apply(whole, wait=False).wait(400)
+    assert close(losses(taken_apart), losses(one)) and taken_apart.record["counts"]["ranks"] == 2
+    assert isinstance(whole.predict("7+1=", max_new_tokens=3), str)
 
 
 @pytest.mark.ray

@@ -121,9 +121,9 @@ def _deepspeed_faults(given: Any, bits: int | None, gpus: int | None) -> list[Fa
     stage = zero.get("stage", 0) if isinstance(zero, Mapping) else zero
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         faults.append(Fault("deepspeed", f"zero_optimization.stage is {stage!r}", "0, 1, 2 or 3"))
-    elif stage == 3:
-        todo = "stage 2 spreads optimizer and gradients" + ("" if bits is None else ", and works with bits")
-        faults.append(Fault("deepspeed", "ZeRO stage 3 is not possible yet", todo))
+    elif stage == 3 and bits is not None:
+        what = f"ZeRO stage 3 takes weights apart, and {bits}-bit weights cannot be"
+        faults.append(Fault("deepspeed", what, "stage 2, which works with bits; or bits=None"))
     if gpus == 0:
         for name in ("fp16", "bf16"):
             part = settings.get(name) or {}

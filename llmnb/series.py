@@ -370,8 +370,10 @@ def seconds_left(curve: Curve, now: float) -> float | None:
     steps, seconds = lately.steps[-1] - lately.steps[0], lately.times[-1] - lately.times[0]
     if seconds <= 0:
         return None
-    left = (curve.total - lately.steps[-1]) * seconds / steps
-    return max(0.0, float(left) - max(0.0, now - float(lately.times[-1])))
+    left = float((curve.total - lately.steps[-1]) * seconds / steps)
+    # The clock goes on until the next loss is due, then it waits: an evaluation is no progress.
+    due = float(seconds / (len(lately) - 1))
+    return max(0.0, left - min(due, max(0.0, now - float(lately.times[-1]))))
 
 
 def marks(low: float, high: float, count: int = 5) -> list[float]:

@@ -43,7 +43,8 @@ def test_the_time_left_follows_the_newest_pace():
         series.fold(Curve(), losses([1.0] * 21, seconds=2.0)), {"state": "running", "counts": {"steps": 111}}
     )
     assert series.seconds_left(curve, now=1040.0) == pytest.approx(180)
-    assert series.seconds_left(curve, now=1100.0) == pytest.approx(120)
+    assert series.seconds_left(curve, now=1041.0) == pytest.approx(179)
+    assert series.seconds_left(curve, now=1100.0) == pytest.approx(178), "nothing came: nothing is promised for it"
     said = words.status(curve, now=1040.0)
     assert said.left == "about 3 min left" and said.share == pytest.approx(21 / 111) and said.step == "step 21 / 111"
 

@@ -82,12 +82,15 @@ class Lab:
     """A running JupyterLab and one page of it.
 
     Args:
+        driver: a started playwright; one serves all Labs of a process.
         folder: where everything lives; notebooks lie in ``folder / "work"``.
         theme: "JupyterLab Light" or "JupyterLab Dark".
         width: of the window, pixels.
     """
 
-    def __init__(self, folder: Path, theme: str = "JupyterLab Light", width: int = 1300, **env: str) -> None:
+    def __init__(
+        self, driver: Any, folder: Path, theme: str = "JupyterLab Light", width: int = 1300, **env: str
+    ) -> None:
         self.folder, self.work = folder, folder / "work"
         self.work.mkdir(parents=True, exist_ok=True)
         _settings(folder, theme)
@@ -116,10 +119,7 @@ class Lab:
         )
         try:
             self._wait_for_server()
-            from playwright.sync_api import sync_playwright
-
-            self._driver = sync_playwright().start()
-            self.browser = self._driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+            self.browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
             self.page = self.browser.new_page(viewport={"width": width, "height": 1000})
             self.said: list[str] = []
             self.page.on("console", lambda m: self.said.append(f"{m.type}: {m.text}") if m.type == "error" else None)
@@ -209,8 +209,6 @@ class Lab:
         """Ends browser, server and kernels."""
         if hasattr(self, "browser"):
             self.browser.close()
-        if hasattr(self, "_driver"):
-            self._driver.stop()
         if self.server.poll() is None:
             self.server.terminate()  # the server shuts its kernels down
             try:
@@ -223,9 +221,9 @@ class Lab:
 
 
 @contextlib.contextmanager
-def lab(folder: Path, **options: Any) -> Iterator[Lab]:
+def lab(driver: Any, folder: Path, **options: Any) -> Iterator[Lab]:
     """A Lab that is closed at the end."""
-    found = Lab(folder, **options)
+    found = Lab(driver, folder, **options)
     try:
         yield found
     finally:

@@ -77,8 +77,16 @@ def begin(page, *more, **options):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    with lab(tmp_path_factory.mktemp("lab")) as found:
+def driver():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def page(driver, tmp_path_factory):
+    with lab(driver, tmp_path_factory.mktemp("lab")) as found:
         yield found
 
 
@@ -211,7 +219,7 @@ def test_a_point_is_drawn_soon_after_it_was_said(page, record_property):
 
 @pytest.mark.mongod
 @pytest.mark.ray
-def test_training_from_a_cell_is_seen_live(tmp_path, mongo_uri, tiny_llama):
+def test_training_from_a_cell_is_seen_live(driver, tmp_path, mongo_uri, tiny_llama):
     """The main path of a notebook, with a real database and a real background job."""
     from llmnb.launch import cluster
 
@@ -230,7 +238,7 @@ def test_training_from_a_cell_is_seen_live(tmp_path, mongo_uri, tiny_llama):
     ]
     try:
         env = {"LLMNB_URI": mongo_uri, "LLMNB_HOME": str(home), "OMP_NUM_THREADS": "1"}
-        with lab(tmp_path / "lab", **env) as page:
+        with lab(driver, tmp_path / "lab", **env) as page:
             page.open("train.ipynb", notebook(*cells))
             for cell in range(5):
                 page.run(cell)
@@ -238,6 +246,9 @@ def test_training_from_a_cell_is_seen_live(tmp_path, mongo_uri, tiny_llama):
             first = int(page.attribute("data-points"))
             page.until(POINTS, 60, first + 5)
             page.picture(tmp_path / "training.png")
+            page.set_theme("JupyterLab Dark")
+            page.page.wait_for_timeout(1000)
+            page.picture(tmp_path / "training_dark.png")
             page.until("() => document.querySelector('.llmnb-words[data-run]')?.dataset.status === 'done'", 180)
             assert page.attribute("data-points", ".llmnb-words[data-run]") == "150"
             page.run(5)
@@ -245,6 +256,7 @@ def test_training_from_a_cell_is_seen_live(tmp_path, mongo_uri, tiny_llama):
             page.run(6)
             answers = page.output(6).locator(".llmnb-said")
             assert answers.count() == 2
+            answers.last.scroll_into_view_if_needed()
             page.picture(tmp_path / "chat.png")
             assert page.faults() == []
     finally:

@@ -231,7 +231,7 @@ def smooth(values: Floats, weight: float = 0.6) -> Floats:
 
     ``weight`` is the share of the past, 0 for none, below 1. A value that is not finite stays a gap and leaves no
     trace in its neighbours. Shape ``(n,)`` to ``(n,)``. Worked in blocks with cumulative sums: 100 000 values
-    took 4 ms on one core.
+    took 13 ms on one busy core.
 
     Raises:
         ValueError: the weight is not in [0, 1).

@@ -60,7 +60,9 @@ class Datalayer:
         connected(self)
 
     def __repr__(self) -> str:
-        return f"<llmnb database {self.store.describe()}>"
+        # A repr ends in a saved notebook, so no address is in it.
+        where = "in this process only" if self.store.in_process else f"MongoDB {self.store.version}".strip()
+        return f"<llmnb database {self.store.name!r}, {'embedded ' if self.store.embedded else ''}{where}>"
 
     def close(self) -> None:
         """Closes the connection. Background runs go on."""

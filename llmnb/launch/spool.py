@@ -300,8 +300,11 @@ class Shipper:
         return self._shipped >= target
 
     def close(self, timeout: float = 30.0) -> bool:
-        """``flush``, then ends the thread."""
+        """``flush``, also of what was said meanwhile; then ends the thread."""
+        end = time.monotonic() + timeout
         arrived = self.flush(timeout)
+        while arrived and self._spool.last_seq > self._shipped:
+            arrived = self.flush(end - time.monotonic())
         self._closing.set()
         self._hurry.set()
         self._spool.said.set()
@@ -338,7 +341,6 @@ class Shipper:
             if self._away_since is None:
                 self._away_since = time.time()
             return False
-        self._arrived(events[-1].seq)
         if self._away_since is not None:
             away, self._away_since = time.time() - self._away_since, None
             if away > 2.0:  # a blip is nobody's concern
@@ -350,6 +352,7 @@ class Shipper:
                     )
                 )
         self.trouble = None
+        self._arrived(events[-1].seq)  # last: whoever waits for it must find the note said
         return True
 
     def _one_by_one(self, events: Sequence[Event]) -> bool:

@@ -47,6 +47,7 @@ class Digest:
         self._small = 0
 
     def update(self, chunk: bytes) -> None:
+        """Adds the next bytes."""
         if self._pool is None:
             self._small += len(chunk)
             if self._small <= CHUNK:  # not worth a thread
@@ -58,6 +59,7 @@ class Digest:
             self._waiting.popleft().result()
 
     def hexdigest(self) -> str:
+        """The sha256 of all bytes, once; ends the thread."""
         if self._pool is not None:
             self._pool.shutdown(wait=True)
         return self._hash.hexdigest()

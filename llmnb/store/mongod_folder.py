@@ -50,6 +50,7 @@ class Folder:
 
 
 def prepared(home: Path | str) -> Folder:
+    """The folder, made when it is not there. Raises EmbeddedError when nothing can be written to it."""
     folder = Folder(Path(home).expanduser().resolve())
     try:
         folder.root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -104,6 +105,7 @@ def _write_secret(path: Path, text: str) -> None:
 
 
 def make_secrets(folder: Folder) -> None:
+    """Writes password and keyfile on first use. Raises EmbeddedError when data is there and its password is not."""
     if not folder.password.exists():
         if (folder.data / "WiredTiger").exists():
             raise EmbeddedError(

@@ -249,7 +249,7 @@ def _open_mock(uri: str, home: Path) -> Store:
                 f"mongomock://{name} lives in this process only: what is in it is gone when the process ends. "
                 "connect() without an address keeps it.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
             _MOCKS[name] = mongomock.MongoClient(tz_aware=True)
     return Store(_MOCKS[name][name], uri=uri, home=home, mock=True)

@@ -71,7 +71,7 @@ def _explained(label: str, what: str) -> Iterator[None]:
         raise ArtifactError(f"{what} {label} failed.".capitalize(), seen=f"{type(error).__name__}: {error}") from error
 
 
-class GridPlace:
+class GridPlace(Place):
     """GridFS in the database itself."""
 
     def __init__(self, database: Any) -> None:
@@ -141,7 +141,7 @@ class GridPlace:
                 yield str(name), name.generation_time, whole.get(name, parts.get(name, 0) * GRID_CHUNK)
 
 
-class FolderPlace:
+class FolderPlace(Place):
     """A folder behind an fsspec URL: ``file:///data/artifacts``, ``memory://name``, ``s3://bucket/folder``.
 
     Args:

@@ -106,6 +106,7 @@ class Cursor:
         return next(self._documents)
 
     def close(self) -> None:
+        """Gives the server its cursor back."""
         close = getattr(self._source, "close", None)
         if close is not None:
             close()

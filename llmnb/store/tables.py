@@ -188,6 +188,7 @@ class Table:
         sort: Sequence[tuple[str, int]] = (),
         limit: int = 0,
     ) -> list[dict[str, Any]]:
+        """The records that match."""
         with self._held() as collection:
             cursor = collection.find(dict(filter), projection)
             if sort:
@@ -197,6 +198,7 @@ class Table:
             return [_aware(record) for record in cursor]
 
     def find_one(self, filter: Mapping[str, Any], sort: Sequence[tuple[str, int]] = ()) -> dict[str, Any] | None:
+        """The first record that matches, or None."""
         found = self.find(filter, sort=sort, limit=1)
         return found[0] if found else None
 
@@ -245,5 +247,6 @@ class Table:
             return int(collection.delete_many(dict(filter)).deleted_count)
 
     def count(self, filter: Mapping[str, Any]) -> int:
+        """How many records match."""
         with self._held() as collection:
             return int(collection.count_documents(dict(filter)))

@@ -154,6 +154,15 @@ def test_errors_are_text_and_debug_shows_the_traceback(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", [["--uri"], []])
+def test_a_password_on_the_command_line_is_refused(option, monkeypatch, capsys):
+    uri = "mongodb://me:secret@127.0.0.1:1/x"
+    monkeypatch.setattr(sys, "argv", ["llmnb", "runs", *option, uri] if option else ["llmnb", "runs", f"--uri={uri}"])
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert "LLMNB_URI" in said and "secret" not in said
+
+
 def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
     from llmnb.cli import running
 
@@ -365,7 +374,7 @@ def trained(mongod, tiny_llama, tmp_path_factory):
     uri = mongod.uri.replace("/llmnb?", f"/cli_{uuid.uuid4().hex[:8]}?")
     db = connect(uri, home=home)
     db.execute(Collection("sums").insert_many([{"_id": i, "q": f"{i}+1=", "a": f"{i + 1}"} for i in range(60)]))
-    line = [sys.executable, "-m", "llmnb.cli", "train", "--uri", uri, "--home", str(home), "--model", tiny_llama]
+    line = [sys.executable, "-m", "llmnb.cli", "train", "--home", str(home), "--model", tiny_llama]
     line += ["--collection", "sums", "--key", "q,a", "--identifier", "sums", "--filter", '{"_id": {"$lt": 50}}']
     line += [
         "--max_steps",
@@ -379,7 +388,8 @@ def trained(mongod, tiny_llama, tmp_path_factory):
         "--logging_steps",
     ]
     line += ["1", "--output_dir", str(home / "out"), "--per_device_train_batch_size", "4", "--learning_rate", "1e-2"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=500)
+    env = {**os.environ, "LLMNB_URI": uri}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=500, env=env)
     yield done, uri, home, db
     db.store.database.client.drop_database(db.store.name)
     db.close()

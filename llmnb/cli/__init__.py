@@ -27,6 +27,10 @@ def main(words: Sequence[str] | None = None) -> int:
     from ..errors import ConfigError, LlmnbError
     from .parsing import parse
 
+    if words is None and any(_has_password(word) for word in sys.argv[1:]):
+        print("llmnb: A password on a command line can be read by every user of this machine.", file=sys.stderr)
+        print("  To do: give the address in LLMNB_URI instead of --uri", file=sys.stderr)
+        return 2
     words = list(sys.argv[1:] if words is None else words)
     try:
         known = parse(words)
@@ -55,3 +59,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `llmnb runs | head`
         sys.stderr.close()
         return 0
+
+
+def _has_password(word: str) -> bool:
+    scheme, found, rest = word.partition("://")
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    return bool(found and at and ":" in user and "mongodb" in scheme)

@@ -161,49 +161,54 @@ def test_trap01_label_smoothing_and_lora(tmp_path):
 
 
 RANK = """
-import sys, torch, pickle
+import sys, torch
 sys.path[:0] = {paths!r}
 torch.set_num_threads(1)
 from pathlib import Path
-from test_engine_training import observed
 work, base, rank = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-seen = observed(work / "two", batch=1, window=4, base=base, **{options!r})
-torch.save([seen.steps, seen.evaluations], work / f"seen{{rank}}.pt")
+import test_engine_training as here
+torch.save(here.{function}(work / "two", base, **{options!r}), work / f"seen{{rank}}.pt")
 torch.distributed.destroy_process_group()
 """
 
 
-def two_ranks(tmp_path: Path, base: Path, **options) -> list[list]:
-    """Gradients and evaluations of two processes over gloo."""
+def two_ranks(tmp_path: Path, base: Path, function: str, **options):
+    """What a function of this module gives on rank 0 of two processes over gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script = tmp_path / "rank.py"
-    script.write_text(RANK.format(paths=[str(HERE), str(HERE.parent)], options=options))
-    env = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path), str(base), str(rank)],
-            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in (0, 1)
-    ]
+    script.write_text(RANK.format(paths=[str(HERE), str(HERE.parent)], function=function, options=options))
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = []
     try:
-        for process in ranks:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors.decode()[-3000:]
+        for rank in "01":
+            env = {**os.environ, **meet, "RANK": rank, "LOCAL_RANK": rank}
+            with open(tmp_path / f"log{rank}", "wb") as log:
+                command = [sys.executable, str(script), str(tmp_path), str(base), rank]
+                ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+        for rank, process in enumerate(ranks):
+            assert process.wait(timeout=400) == 0, (tmp_path / f"log{rank}").read_text()[-3000:]
     finally:
         for process in ranks:
             if process.poll() is None:
                 process.kill()
     return torch.load(tmp_path / "seen0.pt")
+
+
+def seen_by_a_rank(workdir, base, **options):
+    keep = observed(workdir, batch=1, window=4, base=base, **options)
+    return keep.steps, keep.evaluations
+
+
+def resumed_by_a_rank(workdir, base, *, cut, **options):
+    """Losses of a whole run, and of one that goes on from ``cut``; the weights of both."""
+    options = {"base": base, "documents": texts(12), "save_strategy": "steps", "save_steps": cut, **options}
+    config = {"lora_dropout": 0.1}
+    whole = train(workdir / "whole", config=config, **options)
+    rest = train(workdir / "rest", config=config, resume=workdir / "whole/checkpoints" / f"checkpoint-{cut}", **options)
+    last = f"checkpoints/checkpoint-{options['max_steps']}"
+    return whole.losses(), rest.losses(), weights(workdir / "whole" / last), weights(workdir / "rest" / last)
 
 
 @pytest.mark.slow
@@ -213,7 +218,7 @@ def test_trap01_on_two_ranks(tmp_path):
     # evaluation's 5 rows.
     options = {"sets": {"valid": pairs(5)}, "eval_strategy": "steps", "eval_steps": 1}
     whole = observed(tmp_path / "one", batch=8, window=1, base=base, **options)
-    steps, evaluations = two_ranks(tmp_path, base, per_device_eval_batch_size=2, **options)
+    steps, evaluations = two_ranks(tmp_path, base, "seen_by_a_rank", per_device_eval_batch_size=2, **options)
     assert len(steps) == len(whole.steps) == 2
     for step, (a, b) in enumerate(zip(whole.steps, steps), 1):
         assert close(b, a) < 1e-5, f"step {step}"
@@ -527,7 +532,7 @@ def test_kill_ends_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(("lora", "cut"), [(True, 4), (True, 8), (False, 8), (True, 6)])
-def test_resume_is_exact_on_one_worker(lora, cut, tmp_path):
+def test_trap21_resume_is_exact_on_one_worker(lora, cut, tmp_path):
     """12 rows in batches of 2: step 6 is an epoch's end, 8 lies in the second one."""
     options = dict(
         config={"use_lora": lora, "lora_dropout": 0.1}, max_steps=11, save_strategy="steps", lr_scheduler_type="cosine"
@@ -543,6 +548,16 @@ def test_resume_is_exact_on_one_worker(lora, cut, tmp_path):
     assert rest.series("tokens")[11] == whole.series("tokens")[11]
     first, second = (torch.load(r.last / "optimizer.pt") for r in (whole, rest))
     assert str(first) == str(second)
+
+
+@pytest.mark.slow
+def test_trap21_resume_on_two_ranks(tmp_path):
+    """Step 8 lies in the second epoch of 6 steps; dropout is on. Tolerance: 1e-6 of losses and weights."""
+    options = {"cut": 8, "max_steps": 11, "per_device_train_batch_size": 1}
+    whole, rest, one, two = two_ranks(tmp_path, folder_of(), "resumed_by_a_rank", **options)
+    assert rest == pytest.approx({step: loss for step, loss in whole.items() if step > 8}, abs=1e-6)
+    assert len(rest) == 3
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
 def test_resume_needs_its_state_and_its_base(tmp_path):

@@ -1,6 +1,7 @@
 """The demo: documents of the standard library, and a base model made here."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -120,7 +121,7 @@ def test_a_python_without_docstrings_is_refused(monkeypatch):
 def test_passages_are_plain_text_without_questions():
     passages = demo.passages()
     text = "\n".join(p["text"] for p in passages)
-    assert len(text) > 500_000
+    assert len(text) > 500_000, len(text)
     assert "What does `" not in text and "is a function: " not in text.replace("This is a function: ", "")
     assert all(len(p["text"]) < 1500 for p in passages)
 
@@ -221,6 +222,16 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         demo.base_model(tmp_path, steps=5)
     assert list((tmp_path / "cache" / "demo").iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(newborn, "_make", lambda work, *_: _marked(work))
+    old, fresh = tmp_path / "cache" / "demo" / "making-old", tmp_path / "cache" / "demo" / "making-fresh"
+    for folder in (old, fresh):
+        folder.mkdir(parents=True)
+    os.utime(old, (1.0, 1.0))
+    demo.base_model(tmp_path, steps=5)
+    assert fresh.is_dir() and not old.exists()
 
 
 def test_the_base_has_a_tokenizer_that_ends_turns(base):

@@ -26,7 +26,7 @@ def test_llmnb_quickstart(tmp_path):
         assert done.returncode == 0, done.stderr
 
         # It says where the data are, and how many.
-        assert re.search(r"^Database +MongoDB .* of this machine, in ", said, re.M)
+        assert re.search(r"^Database +MongoDB .* of this machine, in\s", said, re.M)
         assert re.search(r"^Documents +400 questions", said, re.M)
 
         # The base is made here; the loss of the training falls.

@@ -31,7 +31,7 @@ RECIPE: dict[str, Any] = {
     "hidden": 128,
     "layers": 2,
     "context": 512,
-    "steps": 1500,
+    "steps": 1700,
     "rows_per_step": 8,
     "learning_rate": 3e-3,
     "format": 3,

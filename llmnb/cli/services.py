@@ -65,5 +65,5 @@ def ray(known: argparse.Namespace) -> int:
     if found is None:
         print(f"Not running for {home}. A background run starts it.")
         return 3
-    print(found)
+    print(f"Running for {home}: {found.address}, dashboard {found.dashboard}")
     return 0

@@ -86,7 +86,7 @@ def _quickstart(commands: Any) -> None:
         "less than six minutes on two cores.",
     )
     made.add_argument("--limit", type=_count, metavar="N", help="only N documents (default: all, about 11 000)")
-    made.add_argument("--steps", type=_count, metavar="N", help="training steps (default: 2700)")
+    made.add_argument("--steps", type=_count, metavar="N", help="training steps (default: 1800)")
     made.add_argument("--background", action="store_true", help="train in a background job (Ray) and follow it")
     _where(made)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["quickstart", "recipe"]
 
 COLLECTION = IDENTIFIER = "stdlib"
-STEPS = 2700
+STEPS = 1800
 ROWS_PER_STEP = 16
 ANSWER = {"max_new_tokens": 60}
 

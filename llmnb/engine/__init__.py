@@ -24,6 +24,8 @@ generation   ``Answerer``: prompts → text
 sampling     the options of one answer
 merging      an adapter into its base
 memory       how much is in use, and giving it back
+classification text classifiers: labels of rows in place of tokens
+scratch      a new tokenizer and a new, random Llama
 pipes        any other transformers pipeline
 ============ =========================================================================
 """

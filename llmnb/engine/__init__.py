@@ -3,31 +3,31 @@
 It knows no database, no Ray and no notebook: it is given rows and functions to call out (``Hooks``), and
 folders to write to. Importing this package loads nothing heavy; its modules do.
 
-============ =========================================================================
-module       what it is for
-============ =========================================================================
-bases        base models and tokenizers, from a folder or the hub, plain or quantised
-vocabulary   a row for every token, and a token to pad with
-fingerprints which weights a base has, without reading them all
-adapters     LoRA: attach, load, count; says which modules there are
-manifest     ``llmnb.json``, the card in every checkpoint folder
-rows         documents → token rows with labels (with ``samples`` and ``encoding``)
-templates    chat templates and prompts, for training and for answering
-arguments    the settings of a run → ``transformers.TrainingArguments``
-order        which rows come when, on how many ranks
-loop         our subclass of ``transformers.Trainer``
-callbacks    what happens between steps: counts, stop, kill, patience
-faults       NaN and Inf: where they began, and why
-hooks        what a run calls out, and what it gives back
-training     ``train``: everything above, in order
-generation   ``Answerer``: prompts → text
-sampling     the options of one answer
-merging      an adapter into its base
-memory       how much is in use, and giving it back
+============== =========================================================================
+module         what it is for
+============== =========================================================================
+bases          base models and tokenizers, from a folder or the hub, plain or quantised
+vocabulary     a row for every token, and a token to pad with
+fingerprints   which weights a base has, without reading them all
+adapters       LoRA: attach, load, count; says which modules there are
+manifest       ``llmnb.json``, the card in every checkpoint folder
+rows           documents → token rows with labels (with ``samples`` and ``encoding``)
+templates      chat templates and prompts, for training and for answering
+arguments      the settings of a run → ``transformers.TrainingArguments``
+order          which rows come when, on how many ranks
+loop           our subclass of ``transformers.Trainer``
+callbacks      what happens between steps: counts, stop, kill, patience
+faults         NaN and Inf: where they began, and why
+hooks          what a run calls out, and what it gives back
+training       ``train``: everything above, in order
+generation     ``Answerer``: prompts → text
+sampling       the options of one answer
+merging        an adapter into its base
+memory         how much is in use, and giving it back
 classification text classifiers: labels of rows in place of tokens
-scratch      a new tokenizer and a new, random Llama
-pipes        any other transformers pipeline
-============ =========================================================================
+scratch        a new tokenizer and a new, random Llama
+pipes          any other transformers pipeline
+============== =========================================================================
 """
 
 from __future__ import annotations

@@ -12,14 +12,14 @@ import difflib
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import Fault, MissingPackage
+from .errors import ConfigError, Fault, MissingPackage
 
-__all__ = ["Option", "canonical", "check", "parse", "training_arguments"]
+__all__ = ["Option", "canonical", "check", "named", "parse", "training_arguments"]
 
 
 @dataclass(frozen=True)
@@ -329,3 +329,29 @@ def parse(name: str, text: str, types: frozenset[str] | None = None) -> Any:
     if "list" in types and "str" not in types:
         return [part.strip() for part in text.split(",") if part.strip()]
     return text
+
+
+def named(words: Sequence[str]) -> dict[str, str | None]:
+    """``["--lr=1", "--fp16", "--key", "text"]`` as ``{"lr": "1", "fp16": None, "key": "text"}``.
+
+    Raises:
+        ConfigError: a word that belongs to no option, or an option given twice.
+    """
+    out: dict[str, str | None] = {}
+    faults: list[Fault] = []
+    name: str | None = None
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            if name in out:
+                faults.append(Fault(f"--{name}", "is given twice", "leave one out"))
+            out[name] = value if equals else None
+            name = None if equals else name
+        elif name is not None:
+            out[name], name = word, None
+        else:
+            faults.append(Fault(word, "belongs to no option", "write --name value; quote a value that has spaces"))
+    if faults:
+        raise ConfigError(faults)
+    return out

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from .. import options
 from ..config import ModelSpec, TrainConfig
 from ..errors import ConfigError, Fault, near
+from ..options import named
 from ..query import Collection, Select
 
 __all__ = ["known_settings", "named", "selection", "settings", "values"]
@@ -21,32 +22,6 @@ __all__ = ["known_settings", "named", "selection", "settings", "values"]
 _ALL = frozenset({"bool", "int", "float", "str", "list", "dict", "None"})
 _MODEL_ONLY = frozenset(f.name for f in fields(ModelSpec)) - {"bits", "task"}
 _OBJECTS = ("select", "transform", "ray_configs", "training_kwargs", "eval_selects")  # Python objects: not from here
-
-
-def named(words: Sequence[str]) -> dict[str, str | None]:
-    """``["--lr=1", "--fp16", "--key", "text"]`` as ``{"lr": "1", "fp16": None, "key": "text"}``.
-
-    Raises:
-        ConfigError: a word that belongs to no option, or an option given twice.
-    """
-    out: dict[str, str | None] = {}
-    faults: list[Fault] = []
-    name: str | None = None
-    for word in words:
-        if word.startswith("--") and len(word) > 2:
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            if name in out:
-                faults.append(Fault(f"--{name}", "is given twice", "leave one out"))
-            out[name] = value if equals else None
-            name = None if equals else name
-        elif name is not None:
-            out[name], name = word, None
-        else:
-            faults.append(Fault(word, "belongs to no option", "write --name value; quote a value that has spaces"))
-    if faults:
-        raise ConfigError(faults)
-    return out
 
 
 def values(given: Mapping[str, str | None]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 from .. import options
 from ..config import ModelSpec, TrainConfig
 from ..errors import ConfigError, Fault, LlmnbError, near
+from ..options import named
 from .faults import mark
 
 __all__ = ["bordered", "expanded", "named", "settings", "spell", "split", "types_of"]
@@ -120,33 +121,6 @@ def _unread(words: Sequence[str], known: Iterable[str]) -> list[Fault]:
         hint = "did you mean " + " or ".join(close) + "?" if close else "--help shows what is possible"
         faults.append(Fault(word, "is not understood", hint))
     return faults
-
-
-def named(words: Sequence[str]) -> dict[str, str | None]:
-    """``["--lr=1", "--fp16", "--key", "text"]`` as ``{"lr": "1", "fp16": None, "key": "text"}``.
-
-    Raises:
-        ConfigError: a word that belongs to no option, or an option given twice.
-    """
-    out: dict[str, str | None] = {}
-    faults: list[Fault] = []
-    name: str | None = None
-    for word in words:
-        if word.startswith("--") and len(word) > 2:
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            if name in out:
-                faults.append(Fault(f"--{name}", "is given twice", "leave one out"))
-            out[name] = value if equals else None
-            if equals:
-                name = None
-        elif name is not None:
-            out[name], name = word, None
-        else:
-            faults.append(Fault(word, "belongs to no option", "write --name value; quote a value that has spaces"))
-    if faults:
-        raise ConfigError(faults)
-    return out
 
 
 def types_of(name: str) -> frozenset[str] | None:

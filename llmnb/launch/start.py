@@ -13,7 +13,7 @@ from ..config import ModelSpec, TrainConfig
 from ..errors import LaunchError
 from ..events import Event
 from ..job import TrainJob
-from . import cluster, machine
+from . import cluster, machine, remote
 from .layout import Layout, plan, spread
 from .masking import Mask
 from .parcel import command, pack
@@ -24,7 +24,7 @@ from .worker import own_folder, told_of, work
 if TYPE_CHECKING:
     from ..store import Store
 
-__all__ = ["check", "launch"]
+__all__ = ["begin", "check", "launch"]
 
 OnEvent = Callable[[Event], Any]
 
@@ -65,17 +65,15 @@ def launch(
     """
     objects = dict(parcel_objects or {})
     layout = check(store, spec, config, objects, wait=wait, background=background)
-    on_thread = _on_a_thread(store, config, objects, wait)
     record = store.runs.create(spec.identifier, model=spec.identifier, version=version, config=config)
-    run = Run(store, record["_id"])
     job = TrainJob(
-        run=run.id,
+        run=record["_id"],
         model=spec,
         version=version,
         config=config,
         uri=None if store.in_process else store.uri,
         database=store.name,
-        workdir=str(own_folder(config.output_dir, run.id)),
+        workdir=str(own_folder(config.output_dir, record["_id"])),
         transform=objects.get("transform"),
         trainer_kwargs=dict(objects.get("trainer_kwargs") or {}),
         ray_configs=dict(objects.get("ray_configs") or {}),
@@ -83,10 +81,25 @@ def launch(
         resume_from=resume_from,
         workers=layout.workers,
     )
-    if on_thread:
+    return begin(job, store, wait=wait, background=background, on_event=on_event, progress=progress)
+
+
+def begin(
+    job: TrainJob,
+    store: Store,
+    *,
+    wait: bool = True,
+    background: bool = False,
+    on_event: OnEvent | None = None,
+    progress: bool = False,
+) -> Run:
+    """Starts a run that is recorded and in state queued. Arguments, returns and raises as for ``launch``."""
+    run = Run(store, job.run)
+    objects = {"ray_configs": job.ray_configs, "ray_address": job.ray_address}
+    if _on_a_thread(store, job.config, objects, wait):
         _on_thread(job, store)
     elif background or not wait:
-        _submit(job, store, run)
+        _submit(job, store)
         if wait:
             _follow(run, on_event, progress)
     else:
@@ -162,24 +175,27 @@ def _follow(run: Run, on_event: OnEvent | None, progress: bool) -> None:
         raise
 
 
-def _submit(job: TrainJob, store: Store, run: Run) -> None:
-    folder = Path(job.workdir)
-    mask = Mask([job.uri, job.artifacts])
+def _submit(job: TrainJob, store: Store) -> None:
+    """Hands a job over; the run's record names who has it. What goes wrong meanwhile is on the run, and raised."""
     home = Path(store.home).expanduser().absolute()
     try:
         if job.ray_address is None:
-            ours = cluster.ensure(home)
-            jobs: Any = ours.jobs()
-            here, cpus, gpus = True, float(machine.cpus()), float(min(machine.gpus_visible(), 1))
-            if spread(job):  # its workers take the GPUs; the CPUs are its turn, unless the person wants some for them
-                scaling = job.ray_configs.get("scaling_config")
-                cpus, gpus = 0.0 if getattr(scaling, "resources_per_worker", None) else cpus, 0.0
+            _to_our_cluster(job, store, home)
         else:
-            jobs = cluster.jobs_at(job.ray_address, home)
-            here, cpus, gpus = job.ray_address == "auto", 1.0, 0.0
-        store.runs.update(run.id, job=run.id, ray_address=jobs.url, ray_home=str(home), workdir=str(folder))
-        path = pack(job, folder, home)
-        jobs.submit(command(path, here=here), id=run.id, cpus=cpus, gpus=gpus, metadata={"run": run.id})
+            remote.submit(job, store, home)
     except BaseException as error:
-        store.runs.transition(run.id, "queued", "failed", error=told_of(error, mask))
+        told = told_of(error, Mask([job.uri, job.artifacts]))
+        store.runs.transition(job.run, "queued", "failed", error=told)
         raise
+
+
+def _to_our_cluster(job: TrainJob, store: Store, home: Path) -> None:
+    folder = Path(job.workdir)
+    jobs = cluster.ensure(home).jobs()
+    cpus, gpus = float(machine.cpus()), float(min(machine.gpus_visible(), 1))
+    if spread(job):  # its workers take the GPUs; the CPUs are its turn, unless the person wants some for them
+        scaling = job.ray_configs.get("scaling_config")
+        cpus, gpus = 0.0 if getattr(scaling, "resources_per_worker", None) else cpus, 0.0
+    store.runs.update(job.run, job=job.run, ray_address=jobs.url, ray_home=str(home), workdir=str(folder))
+    path = pack(job, folder, home)
+    jobs.submit(command(path, here=True), id=job.run, cpus=cpus, gpus=gpus, metadata={"run": job.run})

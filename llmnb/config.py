@@ -151,6 +151,7 @@ class TrainConfig(_Json):
         0.1, "share of rows", "a run refuses to start when more rows than this are left without a label"
     )
     prompt_template: str | None = setting(None, help="None: the model's own")
+    padding_free: bool = setting(False, help="rows end to end without padding: same rows, steps and loss, less work")
     # method
     use_lora: bool = setting(True, help="False trains all weights: more memory, whole-model checkpoints")
     lora_r: int = setting(8, "rank", "more: more capacity and memory")

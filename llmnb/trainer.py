@@ -244,6 +244,7 @@ _WORDS = {
     "key_kind": (None, "text", "pair", "messages"),
     "use_lora": (True, False),
     "log_to_db": (True, False),
+    "padding_free": (True, False),
     "on_ray": (None, True, False),
 }
 _TEXTS = {"identifier", "output_dir", "chat_template", "prompt_template"}

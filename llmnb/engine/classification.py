@@ -165,6 +165,12 @@ class ClassifierRun(TrainingRun):
     def _collator(self) -> Any:
         return LabelCollator(int(self.tokenizer.pad_token_id or 0))
 
+    def _train_collator(self) -> Any:
+        if self.config.padding_free:
+            fault = "is for language models; a classifier reads one label a row"
+            raise ConfigError([Fault("padding_free", fault, "leave it out")])
+        return None
+
     def _options(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
         return {"compute_metrics": accuracy, **super()._options(given)}
 

@@ -76,11 +76,13 @@ class Loop(Trainer):
         card: what every checkpoint's ``llmnb.json`` says beside its step.
         resumed: the card of the checkpoint that the run goes on from.
         order: of the training rows; None for Trainer's own.
+        train_collator: makes the training batches; None: ``data_collator``, which makes those of evaluations.
         kwargs: of ``Trainer``.
     """
 
     compute_loss_func: Any
     control: Any
+    data_collator: Any
 
     def __init__(
         self,
@@ -89,9 +91,11 @@ class Loop(Trainer):
         card: dict[str, Any],
         resumed: Mapping[str, Any] | None = None,
         order: Order | None = None,
+        train_collator: Any = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.train_collator = train_collator
         self.remove_callback(PrinterCallback)
         self.hooks = hooks
         self.card = card
@@ -123,6 +127,14 @@ class Loop(Trainer):
         if self.order is None:
             return super()._get_train_sampler(train_dataset)
         return self.order
+
+    def get_train_dataloader(self) -> Any:
+        own = self.data_collator
+        self.data_collator = self.train_collator or own
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = own
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Wrappers around the sampler do not always pass the epoch on (on several ranks, in a resumed epoch).

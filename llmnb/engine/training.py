@@ -162,6 +162,30 @@ class TrainingRun:
 
         return Collator(self.tokenizer)
 
+    def _train_collator(self) -> Any:
+        """Rows end to end when that was asked for and this model keeps them apart; None: as for evaluations."""
+        if not self.config.padding_free:
+            return None
+        from transformers.integrations import is_deepspeed_zero3_enabled
+
+        from .packing import MOST_LEAK, FlatCollator, leak
+
+        if is_deepspeed_zero3_enabled():
+            why = "with ZeRO-3 it cannot be checked before the training that this model keeps the rows of a pack apart"
+        else:
+            try:
+                found = leak(self.model)
+            except (TypeError, ValueError) as error:  # a forward that takes no positions
+                why = f"this model takes no positions ({error})"
+            else:
+                if found <= MOST_LEAK:
+                    self.counts["padding_free"] = True
+                    return FlatCollator()
+                why = f"in this model a row sees the row before it: logits move by {found:.2g} standard deviations"
+        self.counts["padding_free"] = False
+        self._note(f"padding_free is off: {why}. Batches are padded.", "warning")
+        return None
+
     def _rows(self, data: Mapping[str, Source], plan: Plan, transform: Any) -> dict[str, Any]:
         """Rows of every set that this run reads; their counts and notes are said."""
         from .rows import make_rows
@@ -263,6 +287,7 @@ class TrainingRun:
             model=self.model,
             args=args,
             data_collator=self._collator(),
+            train_collator=self._train_collator(),
             train_dataset=train,
             eval_dataset=_evaluated(rows, plan, self.tokenizer, "compute_metrics" in options),
             processing_class=self.tokenizer,

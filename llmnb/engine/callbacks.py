@@ -15,13 +15,17 @@ from transformers import TrainerCallback
 if TYPE_CHECKING:
     from .loop import Loop
 
-__all__ = ["Killed", "Patience", "Watch"]
+__all__ = ["Finished", "Killed", "Patience", "Watch"]
 
 _CODES = {None: 0, "stop": 1, "kill": 2}
 
 
 class Killed(Exception):
     """The run was told to end at once. Never leaves the engine."""
+
+
+class Finished(Exception):
+    """The checkpoint that the run goes on from is its last step's. Never leaves the engine."""
 
 
 class Watch(TrainerCallback):
@@ -42,9 +46,12 @@ class Watch(TrainerCallback):
         self._work: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.loop.pick_up()
         if self.own_logging:
             state.logging_steps = max(1, min(10, state.max_steps // 50))
         self.started(state)
+        if state.global_step >= state.max_steps:
+            raise Finished  # Trainer would do one step more
         self._obey(self._ask(), control)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -6,6 +6,7 @@ A row is (text, label). A label is a whole number, or a word; words are numbered
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -101,6 +102,13 @@ class LabelledRows(Sequence[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    def digest(self) -> str:
+        """Identifies the rows, their labels and their order: 32 hexadecimal digits."""
+        found = hashlib.blake2b(digest_size=16)
+        for ids, label in zip(self._ids, self._labels, strict=True):
+            found.update(f"{label}:{ids}".encode())
+        return found.hexdigest()
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

@@ -35,6 +35,7 @@ class Hooks:
         say: takes an event without a number.
         checkpoint: a folder is complete; ``best`` is True when it is the best so far by the run's own metric.
         control: polled each step. "stop": save a checkpoint and end. "kill": end now. It must return at once.
+        read: the counts of the rows and their digest, before the model is loaded. May refuse them by raising.
         started: the counts of the run, once, before step 1: rows, cut, dropped, tokens, steps, trainable,
             parameters, precision, …
     """
@@ -42,6 +43,7 @@ class Hooks:
     say: Callable[[Event], None] = _nothing
     checkpoint: SaveCheckpoint = _nothing
     control: Callable[[], str | None] = _nothing
+    read: Callable[[dict[str, Any]], None] = _nothing
     started: Callable[[dict[str, Any]], None] = _nothing
 
 

@@ -106,6 +106,7 @@ class Loop(Trainer):
         self._loss_shifts_labels = True
         own = self.compute_loss_func is None or isinstance(self.compute_loss_func, TokenLoss)
         self.mean_over_tokens = own
+        self._resumes, self._open = resumed is not None, dict((resumed or {}).get("window") or {})
         resumed = resumed or {}
         best = resumed.get("best") or {}
         self.best: tuple[float, int] | None = (best["value"], best["step"]) if best else None
@@ -120,6 +121,31 @@ class Loop(Trainer):
         self._away = 0.0
         self._window = time.perf_counter()
         self._watch = faults.FaultWatch(self.args.device)
+
+    def pick_up(self) -> None:
+        """What ``Trainer`` forgets when it goes on from a checkpoint; called before the first step.
+
+        The steps between logs, evaluations and checkpoints become those of this plan, and so does the learning rate
+        of the next step; the losses since the last log are counted into the next one.
+        """
+        if not self._resumes:
+            return
+        self.state.compute_steps(self.args, self.state.max_steps)
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            rates = [rate * f(scheduler.last_epoch) for rate, f in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+            for group, rate in zip(scheduler.optimizer.param_groups, rates):
+                group["lr"] = rate
+        if self._open:
+            self._tr_loss += self._open["loss"]
+            self._globalstep_last_logged = self._open["since"]
+
+    def _window_loss(self) -> float:
+        """The losses since the last log, summed over steps; the mean of all ranks."""
+        total = self._tr_loss.detach().clone()
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return float(total.item()) / self.args.world_size
 
     # --- order and counts -----------------------------------------------------------------------------------
 
@@ -272,12 +298,14 @@ class Loop(Trainer):
             # Set before rotation, which spares it. Trainer itself names a step that may never have been saved.
             kept = folder.with_name(f"checkpoint-{self.best[1]}")
             self.state.best_model_checkpoint = str(kept) if best or kept.is_dir() else None
-        tokens = self.tokens()
+        tokens, open_loss = self.tokens(), self._window_loss()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         self.saved_step = step
         if self.is_world_process_zero():
             card = {**self.card, "step": step, "tokens": tokens, "patience": self.patience}
+            if self._globalstep_last_logged != step:
+                card["window"] = {"loss": open_loss, "since": self._globalstep_last_logged}
             if self.best is not None:
                 card["best"] = {"value": self.best[0], "step": self.best[1]}
             manifest.write(folder, card)

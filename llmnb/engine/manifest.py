@@ -2,7 +2,8 @@
 
 Attributes in the file: ``base`` (as the person gave it), ``base_fingerprint``, ``kind`` ("adapter" or
 "model"), ``step``, ``chat_template``, ``prompt_template``, ``vocabulary`` (rows of the embeddings),
-``precision``, ``bits``, ``tokens``, ``best`` and ``versions``. No torch here.
+``precision``, ``bits``, ``rows`` and ``rows_digest`` (what it was trained on), ``tokens``, ``best``, ``patience``,
+``window`` (the loss since the last log) and ``versions``. No torch here.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ module knows no database and no training loop.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -79,6 +80,13 @@ class Rows(Sequence[dict[str, list[int]]]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = int(index)
         return {"input_ids": self.ids(index).tolist(), "labels": self.labels(index).tolist()}
+
+    def digest(self) -> str:
+        """Identifies the rows, their labels and their order: 32 hexadecimal digits."""
+        found = hashlib.blake2b(digest_size=16)  # twice as fast as sha256: 1 s for 200 M tokens
+        for part in (self._offsets, self._ids, self._trained):
+            found.update(np.ascontiguousarray(part).data)
+        return found.hexdigest()
 
     def __repr__(self) -> str:
         return f"Rows({len(self)} rows, {self.report.tokens} tokens, {self.report.trained_tokens} trained)"

@@ -125,9 +125,13 @@ class TrainingRun:
             if manifest.kind_of(adapter) != "adapter":
                 self.spec, adapter = replace(self.spec, model_name_or_path=str(adapter)), None
         rows = self._rows(data, plan, transform)
+        if self.main:
+            self.counts["rows_digest"] = rows["train"].digest()
+            self.hooks.read(dict(self.counts))
         set_seed(plan.arguments.seed)  # new weights are drawn before Trainer sets its own
         new_tokens = self._load(plan)
         fingerprint = bases.fingerprint(self.spec.model_name_or_path, **bases.where(self.spec.model_kwargs))
+        self.counts["base_fingerprint"] = fingerprint
         if resume is not None:
             adapters.check_base(Path(resume), self.spec.model_name_or_path, fingerprint)
         self._prepare(plan, adapter, fingerprint, new_tokens)
@@ -314,6 +318,8 @@ class TrainingRun:
             "vocabulary": bases.vocabulary_rows(self.model),
             "precision": plan.precision,
             "bits": self.counts["bits"],
+            "rows": self.counts["rows"],
+            "rows_digest": self.counts.get("rows_digest"),
             "versions": manifest.versions(),
         }
 
@@ -332,7 +338,7 @@ class TrainingRun:
             self.hooks.started(dict(self.counts))
 
     def _run(self, plan: Plan, resume: Path | None) -> TrainResult:
-        from .callbacks import Killed
+        from .callbacks import Finished, Killed
 
         loop, begin = self.loop, time.perf_counter()
         summary: dict[str, float] = {}
@@ -340,6 +346,8 @@ class TrainingRun:
             summary = dict(loop.train(resume_from_checkpoint=str(resume) if resume else None).metrics)
         except Killed:
             self.watch.stopped = True
+        except Finished:
+            pass
         state = loop.state
         metrics = {name: float(value) for name, value in summary.items()}
         metrics.setdefault("train_runtime", time.perf_counter() - begin)

@@ -321,6 +321,48 @@ def test_a_silent_run_is_lost_once_and_a_beating_one_is_not(store):
     assert not store.runs.beat(silent), "a worker that comes back learns that its run is over"
 
 
+def test_of_several_that_resume_a_run_one_gets_its_next_attempt(store):
+    run = new_run(store)["_id"]
+    assert store.runs.reopen(run, 1) is None, "it has not ended"
+    store.runs.transition(run, "queued", "running", owner={"pid": 7})
+    store.runs.ask(run, "stop")
+    store.runs.transition(run, "running", "failed", error={"what": "…"}, reason="…")
+    config = TrainConfig(max_seq_length=99)
+    won = [record for record in together(8, lambda i: store.runs.reopen(run, 1, config=config)) if record]
+    assert len(won) == 1 and won[0]["config"]["max_seq_length"] == 99
+    record = store.runs.get(run)
+    assert (record["state"], record["attempt"], record["last_seq"]) == ("queued", 2, 0)
+    cleared = ("error", "reason", "ended", "control", "owner", "heartbeat")
+    assert {name: record[name] for name in cleared} == dict.fromkeys(cleared)
+    store.runs.transition(run, "queued", "done")
+    assert store.runs.reopen(run, 1) is None, "the attempt that was seen is long over"
+    assert store.runs.reopen(run, 2)["attempt"] == 3
+    assert store.runs.reopen("nobody", 1) is None
+
+
+def test_a_worker_of_an_attempt_before_changes_nothing(store):
+    run = new_run(store)["_id"]
+    store.runs.transition(run, "queued", "lost", attempt=1)
+    store.runs.reopen(run, 1)
+    store.runs.transition(run, "queued", "running", attempt=2)
+    store.runs.ask(run, "stop")
+    assert not store.runs.beat(run, 1) and store.runs.beat(run, 2) and store.runs.beat(run)
+    assert store.runs.control(run, 1) is None and store.runs.control(run, 2) == "stop"
+    assert not store.runs.transition(run, ["running", "lost"], "failed", attempt=1)
+    assert not store.runs.holds(run, 1) and store.runs.holds(run, 2)
+    store.events.append(run, [Note(seq=1, text="of a ghost")], attempt=1)
+    store.events.append(run, [Note(seq=1, text="of the one that lives")], attempt=2)
+    assert [event.text for event in store.events.since(run)] == ["of the one that lives"]
+    assert store.runs.get(run)["state"] == "running"
+
+
+def test_a_record_from_before_there_were_attempts_is_of_the_first(store):
+    run = new_run(store)["_id"]
+    store.runs._table.update({"_id": run}, {"$unset": {"attempt": ""}})
+    assert store.runs.holds(run, 1) and not store.runs.holds(run, 2)
+    assert store.runs.transition(run, "queued", "failed", attempt=1) and store.runs.reopen(run, 1)["attempt"] == 2
+
+
 def test_updating_and_listing_runs(store):
     a, b = new_run(store)["_id"], new_run(store, "other")["_id"]
     store.runs.update(a, job="raysubmit_1", counts={"rows": np.int64(3), "loss": float("nan")})

@@ -35,11 +35,17 @@ class Events:
     def __init__(self, table: Table, runs: Runs) -> None:
         self._table, self._runs = table, runs
 
-    def append(self, run: str, events: Sequence[Event]) -> None:
+    def append(self, run: str, events: Sequence[Event], attempt: int | None = None) -> None:
         """Stores events; those that are there already stay as they are.
 
         They are written in the order of their ``seq``, so that a reader who asks for what comes after the
         last one seen never misses one.
+
+        Args:
+            run: the run's id.
+            events: numbered.
+            attempt: of the run, in which they were said. Nothing is stored when the run is in a later one by now:
+                the numbers are that one's. None asks nothing.
 
         Raises:
             ValueError: an event without a number.
@@ -50,6 +56,8 @@ class Events:
         if min(waiting) < 1:
             raise ValueError("an event without a seq cannot be stored; number it first")
         newest = max(waiting)
+        if attempt is not None and not self._runs.holds(run, attempt):
+            return
         while waiting:
             ids = [_key(run, seq) for seq in waiting]
             for record in self._table.find({"_id": {"$in": ids}}, {"seq": 1}):

@@ -1,7 +1,9 @@
 """Runs as records: what was asked for, the state it is in, who works on it, how it ended.
 
-A run's state changes in one step that names the state it comes from, so of two that want to change it one wins.
-This module decides nothing about processes; it writes what others found.
+A run's state changes in one step that names the state it comes from, so of two that want to change it one wins. A run
+that is resumed is the same run in its next *attempt*; what a worker writes names its attempt, so that one of an attempt
+before, which comes back after it was given up, changes nothing. This module decides nothing about processes; it writes
+what others found.
 """
 
 from __future__ import annotations
@@ -30,6 +32,13 @@ def _json(value: Any) -> str | None:
     if value is None:
         return None
     return json.dumps(value.to_json() if hasattr(value, "to_json") else value)
+
+
+def _only(id: str, attempt: int | None) -> dict[str, Any]:
+    """The filter of a run, or of one attempt of it. Records of before there were attempts have none: the first."""
+    if attempt is None:
+        return {"_id": id}
+    return {"_id": id, "attempt": {"$in": [1, None]} if attempt == 1 else attempt}
 
 
 def _read(record: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +76,7 @@ class Runs:
             "job": None,
             "ray_address": None,
             "state": "queued",
+            "attempt": 1,
             "owner": None,
             "heartbeat": None,
             "control": None,
@@ -110,13 +120,22 @@ class Runs:
         """Records, newest first; those only whose fields equal the given values."""
         return [_read(record) for record in self._table.find(equal, sort=[("_id", -1)], limit=limit)]
 
-    def transition(self, id: str, frm: str | Sequence[str], to: str, **fields: Any) -> bool:
+    def transition(
+        self, id: str, frm: str | Sequence[str], to: str, *, attempt: int | None = None, **fields: Any
+    ) -> bool:
         """Moves a run from one of the states ``frm`` to ``to``, in one step.
 
         ``started`` and ``ended`` are set on the way; ``fields`` are written in the same step.
 
+        Args:
+            id: the run.
+            frm: a state, or several.
+            to: a state.
+            attempt: only while the run is in this attempt; None for any.
+            **fields: more of the record.
+
         Returns:
-            False when the run is not in one of those states (someone else was first, or it is gone).
+            False when the run is not in one of those states (someone else was first, or it is gone) or attempts.
 
         Raises:
             RunError: ``to`` is no state.
@@ -132,11 +151,36 @@ class Runs:
             change.setdefault("started", now)
         if to in FINAL:
             change.setdefault("ended", now)
-        return self._table.change({"_id": id, "state": {"$in": states}}, {"$set": change}) is not None
+        return self._table.change({**_only(id, attempt), "state": {"$in": states}}, {"$set": change}) is not None
 
-    def beat(self, id: str) -> bool:
-        """Says that the run's worker lives. False when the run is over or gone: the worker should end."""
-        alive = {"_id": id, "state": {"$nin": sorted(FINAL)}}
+    def reopen(self, id: str, attempt: int, **fields: Any) -> dict[str, Any] | None:
+        """Moves a run that is over back to "queued", for its next attempt, in one step.
+
+        What belonged to the attempt before is cleared: its error, its worker, its letter.
+
+        Args:
+            id: the run.
+            attempt: the attempt that was seen to be over. Of several that saw the same one, one gets the next.
+            **fields: more of the record; ``config`` as for ``create``.
+
+        Returns:
+            The record as it is now, or None: it is not over, someone else was first, or it is gone.
+        """
+        if "config" in fields:
+            fields["config"] = _json(fields["config"])
+        cleared = dict.fromkeys(("error", "reason", "ended", "control", "owner", "heartbeat", "job", "rank0"))
+        change = {**cleared, **plain(fields), "state": "queued", "attempt": attempt + 1}
+        wanted = {**_only(id, attempt), "state": {"$in": sorted(FINAL)}}
+        found = self._table.change(wanted, {"$set": change})
+        return None if found is None else _read(found)
+
+    def holds(self, id: str, attempt: int) -> bool:
+        """True while the run is in this attempt: nobody has taken it over."""
+        return self._table.count(_only(id, attempt)) > 0
+
+    def beat(self, id: str, attempt: int | None = None) -> bool:
+        """Says that the run's worker lives. False when its attempt is over, or the run gone: it should end."""
+        alive = {**_only(id, attempt), "state": {"$nin": sorted(FINAL)}}
         return self._table.update(alive, {"$set": {"heartbeat": self._clock.now()}}) > 0
 
     def ask(self, id: str, letter: str) -> bool:
@@ -160,9 +204,9 @@ class Runs:
             return True
         return self.get(id)["state"] not in FINAL
 
-    def control(self, id: str) -> str | None:
+    def control(self, id: str, attempt: int | None = None) -> str | None:
         """The letter that waits for the worker: "stop", "kill" or None."""
-        found = self._table.find({"_id": id}, {"control": 1}, limit=1)
+        found = self._table.find(_only(id, attempt), {"control": 1}, limit=1)
         return found[0].get("control") if found else None
 
     def update(self, id: str, **fields: Any) -> None:

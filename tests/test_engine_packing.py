@@ -8,9 +8,6 @@ from tiny import FAMILIES
 
 from llmnb.errors import ConfigError
 
-# OPT makes a mask of its own, and its rows see each other: it is padded.
-KEPT_APART = [family for family in FAMILIES if family != "opt"]
-
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
@@ -35,11 +32,11 @@ class Watched(transformers.TrainerCallback):
         self.gradients.append(torch.cat(parts).clone())
 
 
-def observed(folder, *, packed, family="llama", lora=False, **options):
+def observed(folder, *, packed, family="llama", lora=False, base=None, **options):
     watched = Watched()
     drill = train(
         folder,
-        base=folder_of(family),
+        base=base or folder_of(family),
         documents=pairs(11),
         config={"padding_free": packed, "use_lora": lora, "train_on": "answers"},
         trainer_kwargs={"callbacks": [watched]},
@@ -53,18 +50,35 @@ def observed(folder, *, packed, family="llama", lora=False, **options):
     return drill, watched.gradients
 
 
-@pytest.mark.parametrize("family", KEPT_APART)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_trap11_the_second_row_of_a_pack_has_the_logits_it_has_alone(family):
-    from llmnb.engine.packing import FlatCollator, leak
+    from llmnb.engine import attention
+    from llmnb.engine.packing import FlatCollator, keep_apart, leak
 
     model = loaded(family)
     first = {"input_ids": [5, 9, 17, 33, 2], "labels": [-100, 9, 17, 33, 2]}
     second = {"input_ids": [7, 8, 80, 11], "labels": [-100, -100, 80, 11]}
-    pack = FlatCollator()([first, second])
-    together = logits_of(model, pack["input_ids"][0].tolist(), pack["position_ids"][0].tolist())
     alone = logits_of(model, second["input_ids"], [0, 1, 2, 3])
+    assert keep_apart(model) is None
+    pack = FlatCollator()([first, second])
+    with attention.rows(pack["position_ids"]):
+        together = logits_of(model, pack["input_ids"][0].tolist(), pack["position_ids"][0].tolist())
     assert torch.allclose(together[5:], alone, atol=1e-5)
-    assert leak(model) < 1e-4
+    between, beside = leak(model)
+    assert between == 0.0 and beside < 1e-4
+
+
+@pytest.mark.bitsandbytes
+@pytest.mark.parametrize("how", ["bfloat16", 4, 8])
+def test_rounding_is_no_leak(how):
+    from llmnb.config import ModelSpec
+    from llmnb.engine.bases import load_base
+    from llmnb.engine.packing import keep_apart
+
+    kwargs = {"dtype": "bfloat16"} if how == "bfloat16" else {}
+    spec = ModelSpec(model_name_or_path=str(folder_of()), model_kwargs=kwargs)
+    model, _ = load_base(spec, bits=None if how == "bfloat16" else how, training=True)
+    assert keep_apart(model) is None
 
 
 def test_trap11_the_label_at_each_seam_is_masked():
@@ -84,7 +98,7 @@ def test_trap11_the_label_at_each_seam_is_masked():
 
 
 @pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("family", KEPT_APART)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_are_those_of_padded_batches(family, lora, tmp_path):
     flat, mine = observed(tmp_path / "flat", packed=True, family=family, lora=lora)
     padded, theirs = observed(tmp_path / "padded", packed=False, family=family, lora=lora)
@@ -102,15 +116,48 @@ def test_evaluations_are_as_they_were(tmp_path):
     assert flat.result.metrics["eval_loss"] == pytest.approx(padded.result.metrics["eval_loss"], abs=1e-5)
 
 
-def test_trap11_a_model_whose_rows_see_each_other_is_padded(tmp_path):
-    from llmnb.engine.packing import leak
+@pytest.fixture
+def convolutions(tmp_path):
+    """A model whose convolutions run on from one row into the next."""
+    from tiny import make_tokenizer
 
-    assert leak(loaded("opt")) > 0.1
-    drill, _ = observed(tmp_path / "flat", packed=True, family="opt")
+    tokenizer = make_tokenizer()
+    config = transformers.Lfm2Config(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )
+    transformers.Lfm2ForCausalLM(config).save_pretrained(tmp_path / "lfm2")
+    tokenizer.save_pretrained(tmp_path / "lfm2")
+    return tmp_path / "lfm2"
+
+
+def test_trap11_a_model_whose_rows_see_each_other_is_padded(convolutions, tmp_path, monkeypatch):
+    drill, _ = observed(tmp_path / "flat", packed=True, base=convolutions)
     assert drill.counts["padding_free"] is False
     assert [n for n in drill.notes if n.level == "warning" and "sees the row before it" in n.text]
-    padded, _ = observed(tmp_path / "padded", packed=False, family="opt")
+    padded, _ = observed(tmp_path / "padded", packed=False, base=convolutions)
     assert drill.losses() == padded.losses()
+
+
+def test_attention_by_row_sees_a_window_of_it(tmp_path):
+    """Mistral's window: rows that are longer than it."""
+    base = folder_of("mistral", sliding_window=3)
+    flat, mine = observed(tmp_path / "flat", packed=True, base=base)
+    padded, theirs = observed(tmp_path / "padded", packed=False, base=base)
+    assert flat.counts["padding_free"] is True
+    assert flat.losses() == pytest.approx(padded.losses(), abs=1e-5)
+    assert torch.allclose(mine[0], theirs[0], atol=1e-5 * float(theirs[0].abs().max()) + 1e-8)
+
+
+def test_checkpointed_layers_are_computed_again_by_row(tmp_path):
+    flat, _ = observed(tmp_path / "flat", packed=True, gradient_checkpointing=True)
+    padded, _ = observed(tmp_path / "padded", packed=False)
+    assert flat.losses() == pytest.approx(padded.losses(), abs=1e-5)
 
 
 def test_a_classifier_refuses(tmp_path):

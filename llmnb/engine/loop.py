@@ -23,7 +23,7 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from ..events import Metric
-from . import faults, manifest
+from . import attention, faults, manifest
 from .bases import quiet
 from .hooks import Hooks
 from .memory import memory_in_use
@@ -188,8 +188,9 @@ class Loop(Trainer):
 
     # --- steps ----------------------------------------------------------------------------------------------
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with attention.rows(inputs.get("position_ids")):
+            loss = super().training_step(model, inputs, *args, **kwargs)
         self._watch.look("loss", loss, self.state.global_step + 1)
         return loss
 

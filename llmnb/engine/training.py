@@ -172,20 +172,14 @@ class TrainingRun:
             return None
         from transformers.integrations import is_deepspeed_zero3_enabled
 
-        from .packing import MOST_LEAK, FlatCollator, leak
+        from .packing import FlatCollator, keep_apart
 
-        if is_deepspeed_zero3_enabled():
-            why = "with ZeRO-3 it cannot be checked before the training that this model keeps the rows of a pack apart"
-        else:
-            try:
-                found = leak(self.model)
-            except (TypeError, ValueError) as error:  # a forward that takes no positions
-                why = f"this model takes no positions ({error})"
-            else:
-                if found <= MOST_LEAK:
-                    self.counts["padding_free"] = True
-                    return FlatCollator()
-                why = f"in this model a row sees the row before it: logits move by {found:.2g} standard deviations"
+        why: str | None = "ZeRO-3 takes the model apart before it can be seen whether rows are kept apart in it"
+        if not is_deepspeed_zero3_enabled():
+            why = keep_apart(self.model)
+        if why is None:
+            self.counts["padding_free"] = True
+            return FlatCollator()
         self.counts["padding_free"] = False
         self._note(f"padding_free is off: {why}. Batches are padded.", "warning")
         return None

@@ -10,7 +10,7 @@ import subprocess
 
 import psutil
 
-__all__ = ["cpus", "gpus_visible", "memory_free"]
+__all__ = ["cpus", "devices", "gpus_visible", "memory_free"]
 
 
 @functools.cache
@@ -40,3 +40,11 @@ def cpus() -> int:
 def memory_free() -> int:
     """Bytes that can be used without swapping."""
     return int(psutil.virtual_memory().available)
+
+
+def devices() -> list[str]:
+    """Names of the CUDA devices that a process started now would see, as ``CUDA_VISIBLE_DEVICES`` takes them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [part.strip() for part in named.split(",") if part.strip() not in ("", "-1")]
+    return [str(number) for number in range(gpus_visible())]

@@ -14,12 +14,14 @@ from pathlib import Path
 
 from ..job import TrainJob
 from .cluster import MARK
+from .tickets import RUNNER
 
-__all__ = ["command", "environment", "pack", "take_environment"]
+__all__ = ["command", "environment", "import_paths", "pack", "take_environment"]
 
 # What belongs to the process that starts, not to the job: its shell, its notebook, its Ray.
 _OWN = frozenset(
-    {"PWD", "OLDPWD", "SHLVL", "_", "TERM", "COLUMNS", "LINES", "MPLBACKEND", "CUDA_VISIBLE_DEVICES", "LLMNB_URI", MARK}
+    {"PWD", "OLDPWD", "SHLVL", "_", "TERM", "COLUMNS", "LINES", "MPLBACKEND", "CUDA_VISIBLE_DEVICES", "LLMNB_URI"}
+    | {MARK, RUNNER}
 )
 # What makes a process one rank of several: Ray sets it for each.
 _OWN |= {"RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -44,7 +46,8 @@ def environment() -> dict[str, str]:
 
 def take_environment(path: Path) -> None:
     """In the worker: the environment of whoever applied. What Ray set for the job (devices, address, token) stays."""
-    os.environ.pop(MARK, None)  # what the worker starts (a database) is no part of the cluster
+    for mark in (MARK, RUNNER):  # what the worker starts (a database) is no part of the cluster or the runner
+        os.environ.pop(mark, None)
     file = _beside(path)
     if not file.exists():
         return
@@ -69,9 +72,14 @@ def command(path: Path, *, here: bool) -> str:
     module = f"-m llmnb.launch.worker {shlex.quote(str(path))}"
     if not here:
         return f"python {module}"
-    root = Path(__file__).resolve().parents[2]
-    paths = [str(root), *(os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)]
     return (
         f"cd {shlex.quote(os.getcwd())} && "
-        f"PYTHONPATH={shlex.quote(os.pathsep.join(dict.fromkeys(paths)))} exec {shlex.quote(sys.executable)} {module}"
+        f"PYTHONPATH={shlex.quote(os.pathsep.join(import_paths()))} exec {shlex.quote(sys.executable)} {module}"
     )
+
+
+def import_paths() -> list[str]:
+    """PYTHONPATH for a process on this machine that finds what this one finds, and this package."""
+    root = Path(__file__).resolve().parents[2]
+    paths = [str(root), *(os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)]
+    return list(dict.fromkeys(paths))

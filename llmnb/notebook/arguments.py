@@ -8,19 +8,17 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
 from functools import wraps
 from typing import Any
 
 from .. import options
-from ..config import ModelSpec, TrainConfig
 from ..errors import ConfigError, Fault, LlmnbError, near
+from ..form import MODEL_ONLY, typed, types_of
 from ..options import named
 from .faults import mark
 
-__all__ = ["bordered", "expanded", "named", "settings", "spell", "split", "types_of"]
+__all__ = ["bordered", "expanded", "named", "settings", "split", "types_of"]
 
-_ALL = frozenset({"bool", "int", "float", "str", "list", "dict", "None"})
 # A name that stands for a Python object of the notebook. Plain words ("text", "steps") are never looked up.
 _OBJECTS = frozenset(
     {
@@ -35,8 +33,6 @@ _OBJECTS = frozenset(
         "predict_kwargs",
     }
 )
-_BESIDE = {"ray_address": frozenset({"str", "None"}), "ray_configs": _ALL, "training_kwargs": _ALL, "transform": _ALL}
-_MODEL_ONLY = frozenset(f.name for f in fields(ModelSpec)) - {"bits", "task"}
 _SHORT = {"model": "model_name_or_path"}
 _VARIABLE = re.compile(r"\$\$|\$([A-Za-z_]\w*)|\{([A-Za-z_][\w.]*)\}")
 
@@ -123,28 +119,11 @@ def _unread(words: Sequence[str], known: Iterable[str]) -> list[Fault]:
     return faults
 
 
-def types_of(name: str) -> frozenset[str] | None:
-    """The accepted types of a setting by name, or None when no such setting exists."""
-    for cls in (TrainConfig, ModelSpec):
-        for f in fields(cls):
-            if f.name == name and name not in ("arguments", "functions", "task"):
-                words = set(re.findall(r"\w+", str(f.type)))
-                if words & {"Any", "Mapping", "Select"}:
-                    return _ALL - {"bool", "int", "float"} if name != "deepspeed" else _ALL
-                return frozenset(words & _ALL)
-    if name in _BESIDE:
-        return _BESIDE[name]
-    option = options.training_arguments().get(name)
-    if option is not None:
-        return option.types
-    return _ALL if name in options.synonyms() else None
-
-
 def known_settings() -> list[str]:
     """Every name that ``%llm_train`` takes."""
     from ..trainer import LLMTrainer
 
-    return sorted(LLMTrainer.names() | _MODEL_ONLY | set(_SHORT) | options.synonyms())
+    return sorted(LLMTrainer.names() | MODEL_ONLY | set(_SHORT) | options.synonyms())
 
 
 def settings(given: Mapping[str, str | None], names: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -174,40 +153,12 @@ def settings(given: Mapping[str, str | None], names: Mapping[str, Any]) -> tuple
                 continue
             value: Any = True
         else:
-            value = _value(name, text, types, names)
-        (model if name in _MODEL_ONLY else trainer)[name] = value
+            value = _value(name, text, names)
+        (model if name in MODEL_ONLY else trainer)[name] = value
     if faults:
         raise ConfigError(faults)
     return model, trainer
 
 
-def _value(name: str, text: str, types: frozenset[str], names: Mapping[str, Any]) -> Any:
-    if name in _OBJECTS and text.isidentifier() and text in names:
-        return names[text]
-    value = options.parse(name, text, types)
-    if isinstance(value, float) and text.strip().lstrip("+-").isdigit():
-        value = int(text)  # as it was typed; taken where a float is asked for
-    if name == "key" and isinstance(value, str) and "," in value:
-        return tuple(part.strip() for part in value.split(","))
-    if name == "key" and isinstance(value, list):
-        return tuple(value)
-    if name == "lora_target_modules" and isinstance(value, str) and "," in value:
-        return [part.strip() for part in value.split(",")]
-    return value
-
-
-def spell(name: str, value: Any) -> str:
-    """The words of a magic line for one setting: ``--learning_rate 0.0002``."""
-    import json
-
-    if value is True:
-        return f"--{name}"
-    if name == "key" and isinstance(value, tuple):
-        text = ",".join(value)
-    elif isinstance(value, (dict, list, tuple)):
-        text = json.dumps(value)
-    elif value is None:
-        text = "none"
-    else:
-        text = str(value)
-    return f"--{name} {shlex.quote(text)}"
+def _value(name: str, text: str, names: Mapping[str, Any]) -> Any:
+    return names[text] if name in _OBJECTS and text.isidentifier() and text in names else typed(name, text)

@@ -75,7 +75,7 @@ class LlmMagics(Magics):
     @bordered
     def llm_data(self, known: Any, _rest: list[str], _cell: str | None) -> Table:
         """Shows the collections of the database, or what is in one of them."""
-        from .plan import selection
+        from ..form import selection
 
         store = self.session.database().store
         collections = store.collections()
@@ -123,7 +123,8 @@ class LlmMagics(Magics):
         return run
 
     def _plan(self, known: Any, given: dict[str, str | None]) -> Any:
-        from .plan import Plan, selection
+        from ..form import selection
+        from .plan import Plan
 
         names = self.shell.user_ns
         model, trainer = settings(given, names)

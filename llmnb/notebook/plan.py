@@ -12,7 +12,7 @@ from typing import Any
 from .. import options
 from ..config import ModelSpec, TrainConfig, unit_of
 from ..errors import ConfigError, Fault
-from ..query import Collection, Select
+from ..query import Select
 from .tables import Table, short
 
 __all__ = ["Plan", "select_code"]
@@ -172,17 +172,3 @@ def select_code(select: Select | None) -> str:
     if select.skip_first:
         code += f".skip({select.skip_first})"
     return code + (f".limit({select.limit_to})" if select.limit_to else "")
-
-
-def selection(collection: str, filter_text: str | None, limit: int | None) -> Select:
-    """``--collection``, ``--filter`` and ``--limit`` as a query.
-
-    Raises:
-        ConfigError: the filter is not a dict.
-        QueryError: the collection's name cannot be one.
-    """
-    found = options.parse("filter", filter_text, frozenset({"dict"})) if filter_text else {}
-    if not isinstance(found, dict):
-        raise ConfigError([Fault("--filter", f"is not a MongoDB filter: {filter_text}", """like '{"lang": "en"}'""")])
-    select = Collection(collection).find(found)
-    return select.limit(limit) if limit else select

@@ -1,13 +1,16 @@
-"""What a process imports before it forks one that trains, and what the fork must set right.
+"""What a process imports and looks up before it forks one that trains, and what the fork must set right.
 
 Knows neither who forks nor why.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import sys
+from collections.abc import Iterable
 
-__all__ = ["MODULES", "reseed", "touched_gpu"]
+__all__ = ["EXTRAS", "MODULES", "reseed", "touched_gpu", "warm"]
 
 # Everything a usual run of one process needs. Importing these starts no thread and touches no GPU.
 MODULES = (
@@ -25,6 +28,19 @@ MODULES = (
     "llmnb.engine.loop",
     "llmnb.engine.callbacks",
 )
+# Accelerate imports it for every run where it is installed.
+EXTRAS = ("deepspeed",)
+
+
+def warm(names: Iterable[str] = MODULES) -> None:
+    """Imports what is there of ``names``, and makes the tables that a process makes once."""
+    for name in names:
+        with contextlib.suppress(Exception):  # a run says itself what it misses
+            importlib.import_module(name)
+    with contextlib.suppress(Exception):  # not our function; a run makes the table when it is not there
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("llama")
 
 
 def touched_gpu() -> bool:

@@ -312,7 +312,7 @@ class Shipper:
         return arrived
 
     def _work(self) -> None:
-        pause = 0.1
+        pause, every = 0.1, 0.01
         while not self._closing.is_set():
             self._spool.said.wait(1.0)
             self._spool.said.clear()
@@ -324,8 +324,8 @@ class Shipper:
                 pause = 0.1
                 if self._spool.last_seq > self._shipped:
                     self._spool.said.set()
-                if not self._hurry.is_set():
-                    self._closing.wait(self._every)
+                every = min(every * 2, self._every)  # a run's first words are waited for
+                self._hurry.wait(every)
             else:
                 self._closing.wait(pause)
                 pause = min(pause * 2, self._longest)

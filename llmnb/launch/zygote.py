@@ -9,10 +9,12 @@ a worker like any other (``worker.main``).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
 import json
+import multiprocessing.util
 import os
 import random
 import select
@@ -45,7 +47,7 @@ class Zygote:
     Args:
         home: the home folder.
         keeper: the keeper's line.
-        taught: imports what children had to import.
+        taught: imports what children had to import, and what is likely but could start threads.
     """
 
     def __init__(self, home: Path, keeper: socket.socket, *, taught: bool) -> None:
@@ -55,7 +57,7 @@ class Zygote:
     def serve(self) -> None:
         """Until the keeper is gone, or forking is no longer safe."""
         gc.disable()
-        _import_everything()
+        _warm_up(self._taught)
         gc.collect()
         gc.freeze()  # a child's collector leaves these objects alone, and their memory shared
         wakeup, write = os.pipe()
@@ -129,15 +131,12 @@ class Zygote:
         subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
 
 
-def _import_everything() -> None:
-    """Each package that is there; a run says itself what it misses."""
+def _warm_up(taught: bool) -> None:
     from ..engine import warm
 
     importlib.import_module("llmnb.launch.worker")
     importlib.import_module("llmnb.store")
-    for name in warm.MODULES:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+    warm.warm((*warm.MODULES, *warm.EXTRAS) if taught else warm.MODULES)
 
 
 def _spoiled() -> str | None:
@@ -154,6 +153,9 @@ def _spoiled() -> str | None:
 
 
 def _as_child(path: Path, devices: Sequence[str], known: set[str], tell: int) -> int:
+    # As multiprocessing's fork does: what was registered for the zygote's end is not the child's to do.
+    atexit._clear()
+    atexit.register(multiprocessing.util._exit_function)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
@@ -167,8 +169,6 @@ def _as_child(path: Path, devices: Sequence[str], known: set[str], tell: int) ->
 
 def _wind_up() -> None:
     """What Python does at the end of a process, and ``os._exit`` does not."""
-    import atexit
-
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
 

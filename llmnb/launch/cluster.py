@@ -33,7 +33,7 @@ import psutil
 
 from ..errors import LaunchError, MissingPackage
 from . import machine
-from .jobs import Jobs, RayJobs
+from .jobs import Jobs, token
 from .layout import SLOT
 
 try:
@@ -140,17 +140,17 @@ def listening(home: str | Path) -> list[tuple[str, str, int]]:
     return found
 
 
-def jobs_at(address: str, home: str | Path | None = None) -> Jobs | RayJobs:
-    """The Jobs API at an address: our own cluster's, or any other that Ray can reach.
+def jobs_at(address: str, home: str | Path | None = None) -> Jobs:
+    """The Jobs API at a URL: our own cluster's, or any other's.
 
     Args:
-        address: ``http://host:8265``, ``auto``, ``host:6379`` or ``ray://host:10001``.
+        address: ``http://host:8265``.
         home: where our own cluster is described.
     """
     own = _find(Path(home).absolute()) if home is not None else None
     if own is not None and address in (own.dashboard, own.address):
         return own.jobs()
-    return RayJobs(address)
+    return Jobs(address, token())
 
 
 # --- finding --------------------------------------------------------------------------------------------------

@@ -6,18 +6,21 @@ nor Ray nor a notebook. The names below are loaded on first use, so that importi
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .folder import FolderStore as FolderStore
+    from .folder import open_folder as open_folder
     from .opening import Store as Store
     from .opening import open_store as open_store
 
-__all__ = ["Store", "open_store"]
+_HOMES = {"FolderStore": "folder", "Store": "opening", "open_folder": "folder", "open_store": "opening"}
+
+__all__ = ["FolderStore", "Store", "open_folder", "open_store"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from . import opening
-
-        return getattr(opening, name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

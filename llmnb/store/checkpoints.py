@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -123,7 +123,7 @@ class Checkpoints:
             DatabaseError: the database refuses.
         """
         folder, claim = Path(folder), self._artifacts.new_claim()
-        paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        paths = sorted(path.relative_to(folder).as_posix() for path in _files_in(folder))
         if not any(not is_resume_file(path) for path in paths):
             raise ArtifactError(
                 "This folder holds no weights to store.", seen=folder, todo="save the model there first"
@@ -251,15 +251,16 @@ class Checkpoints:
         Raises:
             NotFound: with near names.
         """
-        return _checkpoint(self._record(experiment, step))
+        return _checkpoint(self.record(experiment, step))
 
-    def _record(self, experiment: str, step: int | None) -> dict[str, Any]:
+    def record(self, experiment: str, step: int | None) -> dict[str, Any]:
+        """What is stored about a checkpoint. Arguments and raises as for ``get``."""
         wanted: dict[str, Any] = {"experiment": experiment}
         if step is not None:
             wanted["step"] = int(step)
         found = self._table.find(wanted, sort=[("step", -1)], limit=1)
         if not found and step is None and "/" in experiment:
-            return self._record(*split_name(experiment))
+            return self.record(*split_name(experiment))
         if not found:
             steps = self.names(experiment)
             if steps:
@@ -283,7 +284,7 @@ class Checkpoints:
             NotFound: it was removed.
             ArtifactError: bytes are missing or damaged; it cannot be resumed; no space left here.
         """
-        record = self._record(checkpoint.experiment, checkpoint.step)
+        record = self.record(checkpoint.experiment, checkpoint.step)
         files, name = list(record["files"]), record["digest"]
         if resume:
             if not record["resume_files"]:
@@ -335,6 +336,11 @@ def _inside(path: str) -> str:
     if parts.is_absolute() or ".." in parts.parts or "\\" in path or parts.name == _PROOF:
         raise ArtifactError("A stored checkpoint names a file outside its folder.", seen=path)
     return path
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """A folder's files, without the proof that a fetch left in it."""
+    return (path for path in folder.rglob("*") if path.is_file() and path.name != _PROOF)
 
 
 def _stamp(path: Path) -> builtins.list[int]:

@@ -18,11 +18,11 @@ from bson.errors import InvalidId
 from gridfs.errors import GridFSError, NoFile
 from pymongo.errors import CollectionInvalid, OperationFailure, PyMongoError
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, MissingPackage
 from .address import mask_uri
 from .tables import no_space, translated
 
-__all__ = ["BUCKET", "FolderPlace", "GridPlace", "Place", "absolute"]
+__all__ = ["BUCKET", "FolderPlace", "GridPlace", "Place", "absolute", "opened"]
 
 BUCKET = "llmnb.fs"
 GRID_CHUNK = 255 * 1024  # GridFS's own; larger ones were not faster
@@ -151,14 +151,7 @@ class FolderPlace(Place):
 
     def __init__(self, url: str, identity: str) -> None:
         self.label = url
-        try:
-            self._fs, root = fsspec.core.url_to_fs(url)
-        except (ValueError, ImportError) as error:
-            raise ArtifactError(
-                "Artifacts cannot be kept at this URL.",
-                seen=f"{mask_uri(url)}: {error}",
-                todo="install the package for it",
-            ) from error
+        self._fs, root = opened(url)
         self._root = f"{root.rstrip('/')}/llmnb-{identity}"
 
     def _path(self, name: str) -> str:
@@ -214,6 +207,28 @@ class FolderPlace(Place):
             except InvalidId:  # not ours
                 continue
             yield f"{folder.rpartition('/')[2]}/{key}", began, int(facts.get("size") or 0)
+
+
+def opened(url: str) -> tuple[Any, str]:
+    """The file system of an fsspec URL, and the path in it.
+
+    Credentials come from where the file system looks for them itself; for ``s3://`` that is the environment
+    (``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_ENDPOINT_URL`` for another endpoint than Amazon's).
+
+    Raises:
+        MissingPackage: s3fs is not installed.
+        ArtifactError: there is no file system for this URL, or its package is not installed.
+    """
+    try:
+        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+    except (ValueError, ImportError) as error:
+        if isinstance(error, ImportError) and url.startswith(("s3://", "s3a://")):
+            raise MissingPackage("s3fs", "s3", "Storage at s3://") from error
+        raise ArtifactError(
+            "Nothing can be kept at this URL.",
+            seen=f"{mask_uri(url)}: {error}",
+            todo="install the package that fsspec needs for it",
+        ) from error
 
 
 def absolute(url: str | None) -> str | None:

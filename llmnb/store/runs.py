@@ -235,7 +235,9 @@ class Runs:
         """
         now = self._clock.now()
         cutoff = now - dt.timedelta(seconds=limit_s)
-        silent = self._table.find({"state": {"$in": list(ACTIVE)}, "heartbeat": {"$lt": cutoff}})
+        # Of a run that does not reach this database the courier brings the beats, and judges.
+        here = {"away": None, "state": {"$in": list(ACTIVE)}}
+        silent = self._table.find({**here, "heartbeat": {"$lt": cutoff}})
         moved = []
         for record in silent:
             age = (now - record["heartbeat"]).total_seconds()

@@ -1,0 +1,130 @@
+"""A second Ray cluster on this machine that is not ours: own folders, own ports, own token, own copy of our package.
+
+Its processes see only the worker's side of llmnb (``PYTHONPATH`` names a copy of it, and ``sitecustomize`` takes this
+checkout away), lie in a working directory of their own, and share no environment with the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+import llmnb
+from llmnb.launch.cluster import _free_ports
+from llmnb.launch.jobs import Jobs
+
+MARK = "LLMNB_TEST_FOREIGN_CLUSTER"
+PERSONS_SIDE = ("notebook", "cli", "db.py", "llm.py", "model.py", "pipelines.py", "trainer.py", "demo", "series.py")
+
+SITE = """
+import os, socket, sys
+here = os.path.dirname(os.path.abspath(__file__))
+checkout = {checkout!r}
+sys.path[:] = [p for p in sys.path if p.rstrip("/") != checkout]
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in str(f) + getattr(f, "__module__", "")]
+if os.path.exists(here + "/without_torch"):
+    import fake_engine
+    sys.modules["llmnb.engine.training"] = fake_engine
+if os.path.exists(here + "/wall"):  # a port that this cluster does not reach
+    port, reach = int(open(here + "/wall").read()), socket.socket.connect
+    def connect(self, address):
+        if isinstance(address, tuple) and address[1] == port:
+            raise ConnectionRefusedError(111, "there is a wall")
+        return reach(self, address)
+    socket.socket.connect = connect
+"""
+
+
+class Foreign:
+    """A running cluster.
+
+    Attributes:
+        address, client, url: ``host:port``, ``ray://…``, ``http://…``.
+        token_file: what a client needs.
+        package: its copy of llmnb.
+    """
+
+    def __init__(self, root: Path, *, cpus: int = 4, **env: str) -> None:
+        self.root = root
+        self.temp = Path(tempfile.mkdtemp(prefix="lr-", dir="/tmp"))  # short: sockets lie in it
+        self.mark = self.temp.name
+        self.cwd, self.site, self.home = root / "cwd", root / "site", root / "home"
+        for folder in (self.cwd, self.site, self.home):
+            folder.mkdir(parents=True)
+        self.package = self.site / "llmnb"
+        source = Path(llmnb.__file__).parent
+        shutil.copytree(source, self.package, ignore=shutil.ignore_patterns("__pycache__", *PERSONS_SIDE))
+        shutil.copy(Path(__file__).parent / "fake_engine.py", self.site)
+        (self.site / "sitecustomize.py").write_text(SITE.format(checkout=str(source.parent)))
+        self.token_file = root / "token"
+        self.token_file.write_text(secrets.token_hex(32))
+        port, dashboard, agent, client = _free_ports(4)
+        self.address, self.url, self.client = (
+            f"127.0.0.1:{port}",
+            f"http://127.0.0.1:{dashboard}",
+            f"ray://127.0.0.1:{client}",
+        )
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address=127.0.0.1"]
+        command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+        command += [f"--ray-client-server-port={client}", "--dashboard-host=127.0.0.1", f"--num-cpus={cpus}"]
+        command += [f"--temp-dir={self.temp}", "--disable-usage-stats", "--object-store-memory=80000000"]
+        self.env = {
+            "PATH": os.path.dirname(sys.executable) + ":/usr/bin:/bin",
+            "HOME": str(self.home),
+            "PYTHONPATH": str(self.site),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token_file),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            MARK: self.mark,
+            **env,
+        }
+        done = subprocess.run(
+            command, env=self.env, cwd=self.cwd, capture_output=True, text=True, timeout=180, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        end = time.monotonic() + 60
+        while not self.jobs().answers():
+            assert time.monotonic() < end, "the foreign cluster does not answer"
+            time.sleep(0.2)
+
+    def switch(self, name: str, text: str | None = "") -> None:
+        """Turns ``without_torch`` or ``wall`` on, or off with None, for processes that start from now on."""
+        if text is None:
+            (self.site / name).unlink(missing_ok=True)
+        else:
+            (self.site / name).write_text(text)
+
+    def jobs(self) -> Jobs:
+        return Jobs(self.url, self.token_file.read_text())
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark:
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return found
+
+    def stop(self) -> None:
+        for _ in range(3):
+            left = self.processes()
+            for process in left:
+                try:
+                    process.kill()
+                except psutil.Error:
+                    continue
+            psutil.wait_procs(left, timeout=5)
+        shutil.rmtree(self.temp, ignore_errors=True)

@@ -18,7 +18,8 @@ from ..config import thaw
 from ..errors import ConfigError, DataError, Fault, near
 from . import bases
 from .arguments import Plan
-from .loop import Loop, TokenLoss
+from .loop import Loop
+from .losses import TokenLoss
 from .training import Source, TrainingRun
 
 __all__ = ["ClassifierRun", "Labels"]

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
@@ -26,10 +25,11 @@ from ..events import Metric
 from . import attention, faults, manifest
 from .bases import quiet
 from .hooks import Hooks
+from .losses import HeadLoss, TokenLoss
 from .memory import memory_in_use
 from .order import Order
 
-__all__ = ["Loop", "TokenLoss", "counts_tokens"]
+__all__ = ["Loop", "counts_tokens"]
 
 _SKIP = ("epoch", "total_flos")
 
@@ -50,22 +50,6 @@ def counts_tokens(model: Any) -> bool:
         return False
     takes = any(p.kind == p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
     return takes and "loss_function(" in source
-
-
-class TokenLoss:
-    """Cross entropy summed over trained tokens and divided by their number in the whole optimizer step."""
-
-    def __init__(self, smoothing: float = 0.0) -> None:
-        self.smoothing = smoothing
-
-    def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Args: ``outputs["logits"]``: (batch, seq, vocab); ``labels``: (batch, seq), -100 where there is no loss."""
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        target = labels[..., 1:].reshape(-1).to(logits.device)
-        scores = logits[..., :-1, :].float().reshape(-1, logits.shape[-1])
-        total = F.cross_entropy(scores, target, reduction="sum", label_smoothing=self.smoothing)
-        count = (target != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        return total / count
 
 
 class Loop(Trainer):
@@ -187,6 +171,13 @@ class Loop(Trainer):
         return self.tokens_before + int(count.item())
 
     # --- steps ----------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        own = self.compute_loss_func
+        if not isinstance(own, HeadLoss) or "position_ids" not in inputs:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with own.instead_of_logits(inputs) as inputs:
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         with attention.rows(inputs.get("position_ids")):

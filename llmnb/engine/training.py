@@ -184,6 +184,17 @@ class TrainingRun:
         self._note(f"padding_free is off: {why}. Batches are padded.", "warning")
         return None
 
+    def _take_chunked_loss(self, options: dict[str, Any], args: Any) -> None:
+        """In packs the loss is computed without whole logits, where that gives the same and nobody has another."""
+        from .losses import HeadLoss, agrees
+
+        if "compute_loss_func" in options or getattr(self.model.config, "output_router_logits", False) or args.fsdp:
+            return  # FSDP holds a part of the output layer only
+        loss = HeadLoss(self.model, args.label_smoothing_factor)
+        self.counts["chunked_loss"] = agrees(self.model, loss)
+        if self.counts["chunked_loss"]:
+            options["compute_loss_func"] = loss
+
     def _rows(self, data: Mapping[str, Source], plan: Plan, transform: Any) -> dict[str, Any]:
         """Rows of every set that this run reads; their counts and notes are said."""
         from .rows import make_rows
@@ -279,13 +290,16 @@ class TrainingRun:
 
         args = plan.arguments
         train, order = _ordered(rows["train"], plan, self.tokenizer)
+        collator = self._train_collator()
+        if collator is not None:
+            self._take_chunked_loss(options, args)
         if callable(options.get("optimizers")):
             options["optimizers"] = options["optimizers"](self.model)
         self.loop = (self.loop_class or Loop)(
             model=self.model,
             args=args,
             data_collator=self._collator(),
-            train_collator=self._train_collator(),
+            train_collator=collator,
             train_dataset=train,
             eval_dataset=_evaluated(rows, plan, self.tokenizer, "compute_metrics" in options),
             processing_class=self.tokenizer,

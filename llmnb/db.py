@@ -206,6 +206,14 @@ class Datalayer:
         """
         return Run(self.store, self.store.runs.get(id)["_id"])
 
+    def resume(self, id: str = "latest", **words: Any) -> Run:
+        """Goes on with a run that has ended: ``run.resume`` of that id, with all its words.
+
+        Raises:
+            NotFound: with near names.
+        """
+        return self.run(id).resume(**words)
+
     # -- loading and removing --------------------------------------------------------------------------------
 
     def load(self, kind: str, identifier: str, version: int | None = None) -> Any:

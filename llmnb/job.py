@@ -7,9 +7,11 @@ to the database, and only ever read by the worker it was written for.
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 from .config import ModelSpec, TrainConfig
 
-__all__ = ["TrainJob"]
+__all__ = ["TrainJob", "source_text"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ class TrainJob:
     trainer_kwargs: extra keyword arguments of transformers.Trainer.
     ray_configs: keyword arguments of ray.train.torch.TorchTrainer.
     ray_address: where the cluster is; None for this machine's own.
-    resume_from: "experiment/step" to go on from, or None.
     workers: how many worker processes.
+    attempt: which attempt of the run this is; 1, and one more each time it is resumed.
+    changed_data: train on although the rows or the base are not those of the attempt before.
     """
 
     run: str
@@ -53,8 +56,14 @@ class TrainJob:
     trainer_kwargs: dict[str, Any] = field(default_factory=dict, repr=False)
     ray_configs: dict[str, Any] = field(default_factory=dict, repr=False)
     ray_address: str | None = None
-    resume_from: str | None = None
     workers: int = 1
+    attempt: int = 1
+    changed_data: bool = False
+
+    @property
+    def submission(self) -> str:
+        """The id of the job that carries this attempt out."""
+        return self.run if self.attempt == 1 else f"{self.run}-{self.attempt}"
 
     def write(self, path: str | Path) -> Path:
         """Writes the parcel for one reader: mode 0600, cloudpickle, so that a notebook's own function travels."""
@@ -87,6 +96,14 @@ class TrainJob:
         if not isinstance(job, TrainJob):
             raise TypeError(f"{path} holds a {type(job).__name__}, not a TrainJob")
         return job
+
+
+def source_text(function: Callable[..., Any]) -> str:
+    """A function's source text for the record, or its name where Python has none (typed at a prompt)."""
+    try:
+        return textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        return f"<{getattr(function, '__qualname__', type(function).__name__)}: no source text>"
 
 
 def _own_module(function: Any) -> ModuleType | None:

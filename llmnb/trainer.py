@@ -6,8 +6,6 @@ the installed transformers' source text.
 
 from __future__ import annotations
 
-import inspect
-import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 from . import options
 from .config import ModelSpec, TrainConfig, thaw
 from .errors import ConfigError, Fault, LlmnbError, near
+from .job import source_text
 from .query import Select
 
 __all__ = ["LLMTrainer", "LLMTrainingConfiguration", "Parcel", "model_fault"]
@@ -176,7 +175,7 @@ class LLMTrainer:
         faults += _cross_faults(mine, arguments)
         transform, note = mine.pop("transform", None), []
         if transform is not None:
-            mine["transform"] = _source(transform)
+            mine["transform"] = source_text(transform)
         ray_address = mine.pop("ray_address", None)
         trainer_kwargs = dict(mine.pop("training_kwargs", None) or {})
         ray_configs = dict(mine.pop("ray_configs", None) or {})
@@ -341,14 +340,6 @@ def _passed_on_faults(trainer_kwargs: Mapping[str, Any], ray_configs: Mapping[st
         if name in RAY_BUILT:
             faults.append(Fault(f"ray_configs[{name!r}]", "is built by llmnb", "leave it out"))
     return faults
-
-
-def _source(function: Callable[..., Any]) -> str:
-    """The function's source text for the record, or its name where Python has none (typed at a prompt)."""
-    try:
-        return textwrap.dedent(inspect.getsource(function))
-    except (OSError, TypeError):
-        return f"<{getattr(function, '__qualname__', type(function).__name__)}: no source text>"
 
 
 def settle(trainer: Any, model: ModelSpec) -> Parcel:

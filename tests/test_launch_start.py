@@ -15,8 +15,6 @@ from llmnb.errors import LaunchError, NotFound, RunError
 from llmnb.events import CheckpointSaved, Metric, Note, StateChanged
 from llmnb.launch import cluster, jobs
 from llmnb.launch.progress import Progress
-from llmnb.launch.start import launch
-from llmnb.trainer import settle
 
 
 @pytest.fixture
@@ -100,12 +98,9 @@ def test_trap22_a_stopped_run_of_the_real_engine_resumes_where_it_was(db, tiny_l
     needed = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "adapter_model.safetensors"}
     assert needed <= {path.name for path in folder.rglob("*")}
 
-    llm.trainer.max_steps = checkpoint.step + 2
-    parcel = settle(llm.trainer, llm.spec())
-    version = db.store.models.add(llm.spec(), parcel.config)
-    again = launch(db.store, spec=llm.spec(), version=version, config=parcel.config, resume_from=str(checkpoint))
-    assert [m["step"] for m in again.metrics() if "loss" in m] == [checkpoint.step + 1, checkpoint.step + 2]
-    assert again.state == "done"
+    run.resume(max_steps=checkpoint.step + 2)
+    assert [m["step"] for m in run.metrics() if "loss" in m] == list(range(1, checkpoint.step + 3))
+    assert run.state == "done"
 
 
 # -- a cluster that is slow ------------------------------------------------------------------------------------

@@ -31,8 +31,6 @@ from .order import Order
 
 __all__ = ["Loop", "counts_tokens"]
 
-_SKIP = ("epoch", "total_flos")
-
 
 def counts_tokens(model: Any) -> bool:
     """Does this model divide its loss by ``num_items_in_batch``?
@@ -215,11 +213,7 @@ class Loop(Trainer):
         super().log(logs, start_time)
         if not self.is_world_process_zero() or summary:
             return
-        values = {
-            name: float(value)
-            for name, value in logs.items()
-            if isinstance(value, (int, float)) and name not in _SKIP and not name.endswith("_model_preparation_time")
-        }
+        values = manifest.numbers(logs)
         self.hooks.say(Metric(step=self.state.global_step, epoch=self.state.epoch, values=values))
         for note in self._watch.notes(self.args, self.state):
             self.hooks.say(note)

@@ -11,12 +11,16 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FILE", "kind_of", "read", "versions", "write"]
+from ..events import Metric
+
+__all__ = ["FILE", "kind_of", "metrics_of", "numbers", "read", "versions", "write"]
 
 FILE = "llmnb.json"
+_SKIP = ("step", "epoch", "total_flos")
 
 
 def versions() -> dict[str, str]:
@@ -44,6 +48,30 @@ def read(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def metrics_of(folder: str | Path) -> list[Metric]:
+    """What the run had said up to a checkpoint, as its ``trainer_state.json`` remembers; none without one."""
+    path = Path(folder) / "trainer_state.json"
+    if not path.is_file():
+        return []
+    found = []
+    for entry in json.loads(path.read_text(encoding="utf-8")).get("log_history", ()):
+        values = numbers(entry)
+        if values:
+            found.append(Metric(step=int(entry["step"]), epoch=entry.get("epoch"), values=values))
+    return found
+
+
+def numbers(logs: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of one of Trainer's logs that are told; none of its closing summary."""
+    if "train_runtime" in logs:
+        return {}
+    return {
+        name: float(value)
+        for name, value in logs.items()
+        if isinstance(value, (int, float)) and name not in _SKIP and not name.endswith("_model_preparation_time")
+    }
 
 
 def kind_of(folder: str | Path) -> str | None:

@@ -48,27 +48,31 @@ class Heart:
     Args:
         store: the database.
         run: the run's id.
+        attempt: which attempt of it this worker carries out.
         on_letter: called on this thread with "stop" or "kill", once for each.
         each_beat: called on this thread with every beat.
 
     Attributes:
         letter: what the worker is asked for: None, "stop" or "kill". Also set from outside (a signal).
+        superseded: True once another worker carries the run out, in a later attempt: nothing is left to say.
     """
 
     def __init__(
         self,
         store: Store,
         run: str,
+        attempt: int,
         *,
         on_letter: Callable[[str], None],
         each_beat: Callable[[], object] = lambda: None,
         every: float = BEAT_S,
     ) -> None:
-        self._store, self._run, self._every = store, run, every
+        self._store, self._run, self._attempt, self._every = store, run, attempt, every
         self._on_letter, self._each_beat = on_letter, each_beat
         self._told: str | None = None
         self._over = threading.Event()
         self.letter: str | None = None
+        self.superseded = False
         self.trouble: str | None = None
         self._thread = threading.Thread(target=self._live, name="llmnb-heart", daemon=True)
 
@@ -98,9 +102,9 @@ class Heart:
             self._over.wait(self._every)
 
     def _beat(self) -> None:
-        if not self._store.runs.beat(self._run):
+        if not self._store.runs.beat(self._run, self._attempt):
             self._find_out()
-        letter = self._store.runs.control(self._run)
+        letter = self._store.runs.control(self._run, self._attempt)
         if letter:
             self.ask(letter)
         if self.letter and self.letter != self._told:
@@ -110,5 +114,7 @@ class Heart:
     def _find_out(self) -> None:
         """The record is in a final state, or gone. "lost" was a mistake: we live. Anything else is an order."""
         before = "stopping" if self._told else "running"
-        if not self._store.runs.transition(self._run, "lost", before, error=None, ended=None):
+        runs, attempt = self._store.runs, self._attempt
+        if not runs.transition(self._run, "lost", before, attempt=attempt, error=None, ended=None):
+            self.superseded = not runs.holds(self._run, attempt)
             self.ask("kill")

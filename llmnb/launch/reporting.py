@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint
 from ..config import thaw
-from ..errors import DataError, InUse, LlmnbError, NotFound
+from ..errors import AdapterMismatch, DataError, InUse, LlmnbError, NotFound
 from ..events import CheckpointSaved, Event, Note, StateChanged
 from ..job import TrainJob
 from .heart import Heart, patiently
 from .keeping import to_remove
 from .masking import Mask
-from .spool import Shipper, Spool
+from .said import Said
+from .spool import Shipper, Spool, read
 
 if TYPE_CHECKING:
     from ..store import Store
@@ -51,6 +52,10 @@ class Reporter:
         folder: the run's own.
         spool: once opened.
         heart: beats, and brings letters.
+        said: what was said before this process began to tell.
+        before: the counts of the attempt before, or from before Ray started these workers again.
+        restarts: how often Ray started them again.
+        tells: True in the process whose spool is open.
         training: True from step 1 on.
         interrupted: True when the letter to stop came as a signal.
     """
@@ -63,8 +68,11 @@ class Reporter:
         self.folder = own_folder(job.workdir, job.run)
         self.spool: Spool
         self.shipper: Shipper | None = None
-        self.heart = Heart(store, job.run, on_letter=self._stopping, each_beat=self._settle)
-        self.training = self.interrupted = False
+        self.heart = Heart(store, job.run, job.attempt, on_letter=self._stopping, each_beat=self._settle)
+        self.said = Said()
+        self.before: Mapping[str, Any] = {}
+        self.restarts = 0
+        self.tells = self.training = self.interrupted = False
         self.best: int | None = None
         given = thaw(job.config.arguments)
         self.limit: int | None = given.get("save_total_limit")
@@ -76,13 +84,16 @@ class Reporter:
 
     def open_spool(self) -> None:
         """Numbers go on where the file, or the database, ends."""
-        run = self.job.run
+        run, attempt = self.job.run, self.job.attempt
+        record = self._patiently(lambda: self.store.runs.get(run))
         known = self._patiently(lambda: self.store.events.last_seq(run))
-        self.spool = Spool(self.folder / "events.jsonl", at_least=known)
+        # With log_to_db=False only the record knows what was said elsewhere.
+        self.spool = Spool(self.folder / "events.jsonl", at_least=known or int(record.get("last_seq") or 0))
+        self.tells = True
         if self.job.config.log_to_db:
             self.shipper = Shipper(
                 self.spool,
-                lambda events: self.store.events.append(run, events),
+                lambda events: self.store.events.append(run, events, attempt),
                 start_after=known,
                 describe=self.mask,
             )
@@ -97,9 +108,19 @@ class Reporter:
         """Trains in this process; the engine's ``TrainResult``."""
         from ..engine.hooks import Hooks
 
-        adapter, resume = self._adapter(), self._resume()
+        newest = self._newest()
+        adapter = self._adapter()
+        resume = None if newest is None else self._fetch(str(newest.experiment), newest.step, resume=True)
+        if self.tells:
+            self._recall(newest, resume)
         data = self._data()
-        hooks = Hooks(say=self.say, checkpoint=self._checkpoint, control=self._control, started=self._started)
+        hooks = Hooks(
+            say=self.say,
+            checkpoint=self._checkpoint,
+            control=self._control,
+            read=self._same,
+            started=self._started,
+        )
         from ..engine.training import train  # heavy, so after everything that can fail quickly
 
         return train(
@@ -132,11 +153,43 @@ class Reporter:
             return self._fetch(experiment, int(step))
         return Path(str(name))  # a hub id; the engine says so when it is none
 
-    def _resume(self) -> Path | None:
-        if not self.job.resume_from:
-            return None
-        experiment, _, step = self.job.resume_from.rpartition("/")
-        return self._fetch(experiment, int(step), resume=True)
+    def _newest(self) -> Checkpoint | None:
+        """The run's own newest checkpoint that it can go on from, wherever and however often it was started before."""
+        kept = [c for c in self._patiently(lambda: self.store.checkpoints.list(self.job.run)) if c.resumable]
+        return kept[-1] if kept else None
+
+    def _recall(self, newest: Checkpoint | None, folder: Path | None) -> None:
+        """What this run said before this process: nothing of it is said again, and nothing is left unsaid."""
+        run = self.job.run
+        events = {event.seq: event for event in read(self.spool.path)}
+        events.update((event.seq, event) for event in self._patiently(lambda: self.store.events.since(run)))
+        self.said = Said(events.values())
+        self.before = self._patiently(lambda: self.store.runs.get(run)).get("counts") or {}
+        checkpoints = self._patiently(lambda: self.store.checkpoints.list(run))
+        self.best = next((c.step for c in checkpoints if c.best), None)
+        if folder is not None:
+            # A worker that is killed may take the end of its spool with it; the checkpoint remembers its metrics.
+            from ..engine.manifest import metrics_of
+
+            for metric in metrics_of(folder):
+                self.say(metric)
+        for saved in self.said.unsaid(checkpoints):
+            self.say(saved)
+        if checkpoints:
+            self._point()
+        if self.job.attempt > 1 or self.restarts:
+            self.say(self._picked_up(newest))
+
+    def _picked_up(self, newest: Checkpoint | None) -> Note:
+        where = "from its beginning: there is no checkpoint to go on from"
+        step = 0
+        if newest is not None:
+            where, step = f"after step {newest.step}", newest.step
+        if self.restarts:
+            what = f"A worker died or failed; Ray started the workers again ({self.restarts}). The run goes on {where}."
+            return Note(level="warning", text=what, data={"restart": self.restarts, "step": step})
+        text = f"Resumed (attempt {self.job.attempt}): the run goes on {where}."
+        return Note(text=text, data={"attempt": self.job.attempt, "step": step})
 
     def _fetch(self, experiment: str, step: int | None, resume: bool = False) -> Path:
         checkpoint = self._patiently(lambda: self.store.checkpoints.get(experiment, step))
@@ -156,13 +209,19 @@ class Reporter:
                 data["valid"] = lambda: store.rows(select, fold="valid")
         return data
 
+    def _move(self, frm: str | Sequence[str], to: str, **fields: Any) -> bool:
+        """A transition of this attempt."""
+        return self.store.runs.transition(self.job.run, frm, to, attempt=self.job.attempt, **fields)
+
     def _patiently(self, ask: Callable[[], Any]) -> Any:
         return patiently(ask, self.patience)
 
     # -- what the engine calls -------------------------------------------------------------------------------
 
     def say(self, event: Event) -> None:
-        """Spools an event and hands it to the follower. Never raises, never waits."""
+        """Spools an event and hands it to the follower, unless it was said before. Never raises, never waits."""
+        if self.said.knows(event):
+            return
         said = self.spool.say(event)
         if self._on_event is None or self._follower_broke:
             return
@@ -176,13 +235,41 @@ class Reporter:
         # An attribute that another thread sets: no network here.
         return self.heart.letter
 
+    def _same(self, counts: Mapping[str, Any]) -> None:
+        """Refuses to go on with other rows or another base than the run began with.
+
+        Raises:
+            DataError: the rows are others, and nobody said that they may be.
+            AdapterMismatch: the base is another.
+        """
+        then, now = self.before.get("rows_digest"), counts.get("rows_digest")
+        if then and now and then != now:
+            rows = f"{self.before.get('rows')} rows then, {counts.get('rows')} now"
+            if self.before.get("rows") == counts.get("rows"):
+                rows = f"{counts.get('rows')} rows then and now, with other tokens or in another order"
+            if not self.job.changed_data:
+                raise DataError(
+                    f"The rows are not those that run {self.job.run} trained on, so it cannot go on as if nothing was.",
+                    seen=rows,
+                    todo="run.resume(changed_data=True) goes on with these; a new run with "
+                    f"adapter_id={self.job.run!r} starts from its weights",
+                )
+            self.say(Note(level="warning", text=f"The run goes on with other rows, as was asked for: {rows}."))
+        then, now = self.before.get("base_fingerprint"), counts.get("base_fingerprint")
+        if then and now and then != now:
+            raise AdapterMismatch(
+                f"The base model is not the one that run {self.job.run} trained.",
+                seen=f"{self.job.model.model_name_or_path}: {then} then, {now} now",
+                todo="put the former base back, or start a new run",
+            )
+
     def _started(self, counts: dict[str, Any]) -> None:
+        self._same(counts)
         self.training = True
-        run = self.job.run
-        if self._patiently(lambda: self.store.runs.transition(run, "starting", "running", counts=counts)):
+        if self._patiently(lambda: self._move("starting", "running", counts=counts)):
             self.say(StateChanged(state="running"))
         else:  # somebody pressed Stop meanwhile
-            self._patiently(lambda: self.store.runs.update(run, counts=counts))
+            self._patiently(lambda: self.store.runs.update(self.job.run, counts=counts))
         steps = counts.get("steps")
         rows = counts.get("rows")
         self.say(Note(text=f"{rows} rows, {steps} steps" if rows is not None else f"{steps} steps", data=counts))
@@ -191,6 +278,8 @@ class Reporter:
         self, folder: Path, step: int, metrics: dict[str, float], kind: str, base_fingerprint: str, best: bool
     ) -> None:
         run = self.job.run
+        if not self._patiently(lambda: self.store.runs.holds(run, self.job.attempt)):
+            return  # another worker carries the run out by now, and these steps are its
         saved = self._patiently(
             lambda: self.store.checkpoints.put(
                 run,
@@ -238,7 +327,7 @@ class Reporter:
 
     def _stopping(self, letter: str) -> None:
         """On the heart's thread: a letter came."""
-        if self.store.runs.transition(self.job.run, ("starting", "running"), "stopping"):
+        if self._move(("starting", "running"), "stopping"):
             self.say(StateChanged(state="stopping", reason=self.why_stopped()))
 
     def why_stopped(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +131,7 @@ class Run:
         timeout: float | None = None,
         progress: bool = False,
         on_event: Callable[[Event], None] | None = None,
+        after: int = 0,
     ) -> Run:
         """Waits for its end.
 
@@ -138,6 +139,7 @@ class Run:
             timeout: seconds; None for as long as it takes.
             progress: shows a progress bar.
             on_event: called with each event as it arrives.
+            after: events numbered up to this one are not told again.
 
         Returns:
             This run, in state done or stopped.
@@ -150,7 +152,7 @@ class Run:
         if shown is not None:
             followers.append(shown)
         try:
-            record = self._follow(timeout, followers)
+            record = self._follow(timeout, followers, after)
         finally:
             if shown is not None:
                 shown.close()
@@ -158,9 +160,9 @@ class Run:
             self._raise(record)
         return self
 
-    def _follow(self, timeout: float | None, followers: list[Callable[[Event], None]]) -> dict[str, Any]:
+    def _follow(self, timeout: float | None, followers: list[Callable[[Event], None]], seen: int = 0) -> dict[str, Any]:
         end = None if timeout is None else time.monotonic() + timeout
-        seen, look_at, pause = 0, time.monotonic() + _LOOK_EVERY_S, 0.1
+        look_at, pause = time.monotonic() + _LOOK_EVERY_S, 0.1
         while True:
             record = self.record
             if followers:
@@ -222,6 +224,7 @@ class Run:
                 return
             time.sleep(0.2)
         record = self.record
+        attempt = record.get("attempt", 1)
         process = _worker_process(record)
         if process is not None:
             process.kill()
@@ -230,9 +233,53 @@ class Run:
             jobs = self._jobs(record)
             if jobs is not None:
                 jobs.stop(record["job"])
-        self._store.runs.transition(
-            self.id, ("queued", "starting", "running", "stopping"), "stopped", reason="killed", ended=_now()
-        )
+        alive = ("queued", "starting", "running", "stopping")
+        self._store.runs.transition(self.id, alive, "stopped", attempt=attempt, reason="killed", ended=_now())
+
+    # -- going on --------------------------------------------------------------------------------------------
+
+    def resume(
+        self,
+        *,
+        wait: bool | None = None,
+        progress: bool = True,
+        on_event: Callable[[Event], None] | None = None,
+        transform: Callable[..., Any] | None = None,
+        trainer_kwargs: Mapping[str, Any] | None = None,
+        ray_configs: Mapping[str, Any] | None = None,
+        ray_address: str | None = None,
+        changed_data: bool = False,
+        **changes: Any,
+    ) -> Run:
+        """Goes on from the newest checkpoint, as the same run: also on another machine, from the database alone.
+
+        What the run did after that checkpoint is done again, exactly as it was; nothing of it is said twice. Without a
+        checkpoint the run starts again from its beginning.
+
+        Args:
+            wait: False returns at once, and the run goes on in the background. None: as the run was started.
+            progress: shows a progress bar while waiting, when standard error is a terminal.
+            on_event: called with each new event of a run that is waited for.
+            transform: the run's function, when it has one: a function is never loaded from the database.
+            trainer_kwargs: the run's ``training_kwargs``, when it has some.
+            ray_configs: of TorchTrainer; None for those that the run was started with.
+            ray_address: of the cluster; None for the one that it was started on, "local" for this machine's own.
+            changed_data: True goes on although the rows, or the transform, are not those that it trained on.
+            **changes: ``num_train_epochs`` or ``max_steps`` train a run further, as if it had been planned so: the
+                learning rate takes the value that the longer plan has at that step. What does not change the
+                mathematics can be changed, too (``save_steps``, ``eval_steps``, ``logging_steps``, ``output_dir``, …).
+
+        Returns:
+            This run.
+
+        Raises:
+            RunError: it still goes on, somebody else resumes it at this moment, or nothing is left to do.
+            ConfigError: what must be given again is missing or another; a setting that cannot change.
+        """
+        from .resuming import Given, resume  # it starts runs, and so knows this module
+
+        given = Given(transform, trainer_kwargs, ray_configs, ray_address, changed_data)
+        return resume(self._store, self.id, given, changes, wait=wait, progress=progress, on_event=on_event)
 
     def _ask(self, what: str) -> None:
         if self._store.runs.transition(self.id, "queued", "stopped", reason="stopped before it began", ended=_now()):
@@ -271,6 +318,7 @@ class Run:
                 self.id,
                 state,
                 "lost",
+                attempt=record.get("attempt", 1),
                 ended=_now(),
                 error=_said("WorkerLost", "The worker's process is gone without a word.", _owner(record)),
             )
@@ -285,6 +333,7 @@ class Run:
                 self.id,
                 "queued",
                 "failed",
+                attempt=record.get("attempt", 1),
                 ended=_now(),
                 error=_said(
                     "LaunchError", "The job ended before the run began.", str(info.get("message") or "")[-1500:]

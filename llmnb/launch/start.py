@@ -13,7 +13,7 @@ from ..config import ModelSpec, TrainConfig
 from ..errors import LaunchError
 from ..events import Event
 from ..job import TrainJob
-from . import cluster, machine, remote
+from . import cluster, machine, rayconfigs, remote
 from .layout import Layout, plan, spread
 from .masking import Mask
 from .parcel import command, pack
@@ -40,7 +40,6 @@ def launch(
     background: bool = False,
     on_event: OnEvent | None = None,
     progress: bool = False,
-    resume_from: str | None = None,
 ) -> Run:
     """Records a run and starts it.
 
@@ -54,7 +53,6 @@ def launch(
         background: as a Ray job; else in this process.
         on_event: called with each event, when waited for.
         progress: shows a progress bar, when waited for.
-        resume_from: "experiment/step" to go on from.
 
     Returns:
         The run.
@@ -65,7 +63,15 @@ def launch(
     """
     objects = dict(parcel_objects or {})
     layout = check(store, spec, config, objects, wait=wait, background=background)
-    record = store.runs.create(spec.identifier, model=spec.identifier, version=version, config=config)
+    record = store.runs.create(
+        spec.identifier,
+        model=spec.identifier,
+        version=version,
+        config=config,
+        background=background or not wait,
+        cluster=objects.get("ray_address"),
+        ray_configs=rayconfigs.described(objects.get("ray_configs") or {}),
+    )
     job = TrainJob(
         run=record["_id"],
         model=spec,
@@ -78,7 +84,6 @@ def launch(
         trainer_kwargs=dict(objects.get("trainer_kwargs") or {}),
         ray_configs=dict(objects.get("ray_configs") or {}),
         ray_address=objects.get("ray_address"),
-        resume_from=resume_from,
         workers=layout.workers,
     )
     return begin(job, store, wait=wait, background=background, on_event=on_event, progress=progress)
@@ -95,13 +100,14 @@ def begin(
 ) -> Run:
     """Starts a run that is recorded and in state queued. Arguments, returns and raises as for ``launch``."""
     run = Run(store, job.run)
+    heard = store.events.last_seq(run.id) if on_event is not None or progress else 0
     objects = {"ray_configs": job.ray_configs, "ray_address": job.ray_address}
     if _on_a_thread(store, job.config, objects, wait):
         _on_thread(job, store)
     elif background or not wait:
         _submit(job, store)
         if wait:
-            _follow(run, on_event, progress)
+            _follow(run, on_event, progress, heard)
     else:
         _here(job, store, on_event, progress)
     return run
@@ -164,9 +170,9 @@ def _on_thread(job: TrainJob, store: Store) -> None:
     threading.Thread(target=carry, name=f"llmnb-{job.run}", daemon=True).start()
 
 
-def _follow(run: Run, on_event: OnEvent | None, progress: bool) -> None:
+def _follow(run: Run, on_event: OnEvent | None, progress: bool, heard: int) -> None:
     try:
-        run.wait(progress=progress and sys.stderr.isatty(), on_event=on_event)
+        run.wait(progress=progress and sys.stderr.isatty(), on_event=on_event, after=heard)
     except KeyboardInterrupt:
         if run.state not in FINAL:
             print(f"llmnb: asking run {run.id} to stop with a checkpoint", file=sys.stderr)
@@ -185,7 +191,7 @@ def _submit(job: TrainJob, store: Store) -> None:
             remote.submit(job, store, home)
     except BaseException as error:
         told = told_of(error, Mask([job.uri, job.artifacts]))
-        store.runs.transition(job.run, "queued", "failed", error=told)
+        store.runs.transition(job.run, "queued", "failed", attempt=job.attempt, error=told)
         raise
 
 
@@ -196,6 +202,6 @@ def _to_our_cluster(job: TrainJob, store: Store, home: Path) -> None:
     if spread(job):  # its workers take the GPUs; the CPUs are its turn, unless the person wants some for them
         scaling = job.ray_configs.get("scaling_config")
         cpus, gpus = 0.0 if getattr(scaling, "resources_per_worker", None) else cpus, 0.0
-    store.runs.update(job.run, job=job.run, ray_address=jobs.url, ray_home=str(home), workdir=str(folder))
+    store.runs.update(job.run, job=job.submission, ray_address=jobs.url, ray_home=str(home), workdir=str(folder))
     path = pack(job, folder, home)
-    jobs.submit(command(path, here=True), id=job.run, cpus=cpus, gpus=gpus, metadata={"run": job.run})
+    jobs.submit(command(path, here=True), id=job.submission, cpus=cpus, gpus=gpus, metadata={"run": job.run})

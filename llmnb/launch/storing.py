@@ -50,6 +50,8 @@ class Storer:
         """
         self._raise()
         kept = self._place / folder.name
+        while kept.exists():  # the same step, saved again before it was stored
+            kept = kept.with_name(f"{kept.name}-again")
         _link(folder, kept)
         while not self._hopeless():
             try:

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ __all__ = ["own_folder", "work"]
 ACTIVE = ("queued", "starting", "running", "stopping", "lost")  # "lost" by mistake: we are here
 # How long a run waits for a database that is away before it gives up. A person waits for less than a job does.
 _PATIENCE_JOB_S, _PATIENCE_HERE_S = 900.0, 60.0
+# A worker that was given up and still lives learns it at its next beat, and ends after the step it is at.
+_RELEASE_S = 30.0
 
 
 def work(job: TrainJob, *, store: Store | None = None, on_event: OnEvent | None = None) -> None:
@@ -77,7 +80,7 @@ class _Work(Reporter):
             self._begin()
         except (LaunchError, ArtifactError) as error:  # before there is a spool to say it in
             told = told_of(error, self.mask)
-            self.store.runs.transition(self.job.run, ("queued", "starting"), "failed", error=told)
+            self._move(("queued", "starting"), "failed", error=told)
             raise
         try:
             with self.listening():
@@ -93,19 +96,29 @@ class _Work(Reporter):
             raise KeyboardInterrupt
 
     def _begin(self) -> None:
-        run, runs = self.job.run, self.store.runs
+        run = self.job.run
         _claim(self.folder, run)
         me = psutil.Process()
         owner = {"host": socket.gethostname(), "pid": me.pid, "born": me.create_time()}
-        moved = self._patiently(
-            lambda: runs.transition(run, "queued", "starting", owner=owner, workdir=str(self.folder))
-        )
-        if not moved:
-            state = runs.get(run)["state"]
-            raise RunError(f"Run {run} cannot begin.", seen=f"state {state}", todo="a run begins once, from queued")
-        self.open_spool()
+        if not self._patiently(lambda: self._move("queued", "starting", owner=owner, workdir=str(self.folder))):
+            record = self.store.runs.get(run)
+            seen = f"state {record['state']}, attempt {record.get('attempt', 1)}; this is attempt {self.job.attempt}"
+            raise RunError(f"Run {run} cannot begin.", seen=seen, todo="an attempt begins once, from queued")
+        self._open_spool_soon()
         self.say(StateChanged(state="starting"))
         self.heart.start()
+
+    def _open_spool_soon(self) -> None:
+        """A worker of the attempt before that still lives lets go of the spool at its next beat."""
+        end = time.monotonic() + (_RELEASE_S if self.job.attempt > 1 else 0.0)
+        while True:
+            try:
+                self.open_spool()
+                return
+            except LaunchError:
+                if time.monotonic() >= end:
+                    raise
+            time.sleep(0.2)
 
     def _result(self) -> Any:
         if not spread(self.job):
@@ -165,13 +178,18 @@ class _Work(Reporter):
     def _end(self, state: str, reason: str, *, error: dict[str, Any] | None = None) -> None:
         """Everything said is in the database before the final state is, so that who sees the state has it all."""
         self.heart.stop()
+        if self.heart.superseded:
+            print(f"llmnb: run {self.job.run} goes on elsewhere; this was attempt {self.job.attempt}", file=sys.stderr)
+            self.ship(0.0)
+            self.spool.close()
+            return
         self.say(StateChanged(state=state, reason=reason))
         self.ship(self.patience if state == "done" else min(self.patience, 30.0))
         fields: dict[str, Any] = {"error": error, "reason": reason}
         if self.shipper is None:
             fields["last_seq"] = self.spool.last_seq
         try:
-            self._patiently(lambda: self.store.runs.transition(self.job.run, ACTIVE, state, **fields))
+            self._patiently(lambda: self._move(ACTIVE, state, **fields))
         except DatabaseError as trouble:
             print(
                 f"llmnb: run {self.job.run} ended {state}, the database is away: {self.mask(trouble)}", file=sys.stderr

@@ -262,8 +262,11 @@ def _carry(job: TrainJob, rank: int) -> Any:
 def _tell(reporter: Reporter) -> Any:
     """Rank 0: what a run says, and the letters for it."""
     reporter.open_spool()
-    me = {"host": socket.gethostname(), "pid": os.getpid()}
-    patiently(lambda: reporter.store.runs.update(reporter.job.run, rank0=me), reporter.patience)
+    run, runs = reporter.job.run, reporter.store.runs
+    former = patiently(lambda: runs.get(run), reporter.patience).get("rank0") or {}
+    reporter.restarts = int(former.get("starts", 0))  # of this attempt: Ray's FailureConfig starts all ranks again
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "starts": reporter.restarts + 1}
+    patiently(lambda: runs.update(run, rank0=me), reporter.patience)
     reporter.heart.start()
     done = False
     try:

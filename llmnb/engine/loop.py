@@ -28,6 +28,7 @@ from .hooks import Hooks
 from .losses import HeadLoss, TokenLoss
 from .memory import memory_in_use
 from .order import Order
+from .sharding import check_shared, keep_trained, share_on_cpus
 
 __all__ = ["Loop", "counts_tokens"]
 
@@ -128,6 +129,16 @@ class Loop(Trainer):
         if self.args.world_size > 1:
             torch.distributed.all_reduce(total)
         return float(total.item()) / self.args.world_size
+
+    def create_accelerator_and_postprocess(self) -> None:
+        share_on_cpus(self.args)
+        super().create_accelerator_and_postprocess()
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.args.fsdp:
+            check_shared(self.model)
+        return prepared
 
     # --- order and counts -----------------------------------------------------------------------------------
 
@@ -297,6 +308,11 @@ class Loop(Trainer):
             manifest.write(folder, card)
             self.hooks.checkpoint(folder, step, metrics, self.card["kind"], self.card["base_fingerprint"], best)
         self._away += time.perf_counter() - start
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.fsdp and self.is_world_process_zero() and hasattr(self.model, "peft_config"):
+            keep_trained(Path(output_dir), self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with contextlib.ExitStack() as undo:

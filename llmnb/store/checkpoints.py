@@ -34,6 +34,7 @@ RESUME_PATTERNS = (
     "optimizer.pt",
     "optimizer.bin",
     "optimizer_*/*",
+    "pytorch_model_fsdp.bin",
     "pytorch_model_fsdp_*/*",
     "scheduler.pt",
     "scheduler.bin",

@@ -90,8 +90,8 @@ def contest(known: argparse.Namespace) -> dict[str, Any]:
         train_sampling_strategy="group_by_length" if known.contestant == "trainer-grouped" else "random",
     )
     if known.contestant.startswith("trainer"):
-        from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
         from tokenizers import Tokenizer, models
+        from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>")
         collator = DataCollatorForSeq2Seq(tokenizer)
@@ -172,9 +172,8 @@ def main() -> int:
         peak = statistics.median(run["peak"] for run in runs)
         print(f"{name:16} {rate:8,.0f} tokens per CPU second  {rate / plain:5.2f}x   peak {peak:5.2f} GB")
     ours, theirs = found["padding-free"][0]["losses"], found["padded"][0]["losses"]
-    print(
-        f"largest difference of a loss, padding-free against padded: {max(abs(a - b) for a, b in zip(ours, theirs, strict=True)):.1e}"
-    )
+    gap = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    print(f"largest difference of a loss, padding-free against padded: {gap:.1e}")
     return 0
 
 

@@ -41,6 +41,7 @@ class TrainJob:
     ray_address: where the cluster is; None for this machine's own.
     workers: how many worker processes.
     attempt: which attempt of the run this is; 1, and one more each time it is resumed.
+    away: the folder that stands for the database on a cluster that does not reach it, or None.
     changed_data: train on although the rows or the base are not those of the attempt before.
     """
 
@@ -59,6 +60,7 @@ class TrainJob:
     workers: int = 1
     attempt: int = 1
     changed_data: bool = False
+    away: str | None = None
 
     @property
     def submission(self) -> str:

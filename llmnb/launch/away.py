@@ -7,7 +7,6 @@ process of its own on the caller's machine (``courier``), which also carries let
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint
 from ..errors import ConfigError, Fault
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from ..job import TrainJob
     from ..store import FolderStore, Store
 
-__all__ = ["ensure_courier", "furnish", "held", "is_s3", "open_for", "storage_path", "there_for"]
+__all__ = ["carry", "ensure_courier", "furnish", "is_s3", "open_for", "storage_path", "there_for"]
 
 # A courier that ends at once (its folder cannot be reached from here) is not started again and again.
 _AGAIN_S = 30.0
@@ -156,34 +155,33 @@ def ensure_courier(store: Store, run: str) -> None:
         return
     folder = Path(store.home).expanduser().absolute() / "couriers"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with held(folder / f"{run}.lock") as free:
-        if not free:
+    with open(folder / f"{run}.lock", "w", encoding="ascii") as lock:
+        if not _taken(lock):
             return
-    _started[run] = now
-    note = folder / f"{run}.json"
-    handle = os.open(note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump({"run": run, "uri": store.uri, "home": str(folder.parent)}, file)
-    with open(folder / f"{run}.log", "ab") as log:
-        subprocess.Popen(
-            [sys.executable, "-m", "llmnb.launch.courier", str(note)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(import_paths())},
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+        _started[run] = now
+        note = folder / f"{run}.json"
+        handle = os.open(note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({"run": run, "uri": store.uri, "home": str(folder.parent)}, file)
+        with open(folder / f"{run}.log", "ab") as log:
+            subprocess.Popen(
+                [sys.executable, "-m", "llmnb.launch.courier", str(note)],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(import_paths())},
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                pass_fds=() if fcntl is None else (lock.fileno(),),  # the lock is the courier's from now on
+            )
 
 
-@contextlib.contextmanager
-def held(path: Path) -> Iterator[bool]:
-    """A lock that ends with its process; False when another one has it."""
-    with open(path, "w", encoding="ascii") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
-                return
-        yield True
+def _taken(file: IO[str]) -> bool:
+    """Locks a file until the last process that has it open ends; False when it is locked."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

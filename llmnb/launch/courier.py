@@ -155,18 +155,12 @@ def main(arguments: list[str] | None = None) -> int:
     from ..store import open_folder, open_store
 
     path = Path((arguments or sys.argv[1:])[0])
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:  # another one, started at the same moment, took it
-        return 0
-    path.unlink(missing_ok=True)
-    with away.held(path.with_suffix(".lock")) as free:
-        if not free:
-            return 0
-        with patiently(lambda: open_store(note["uri"], home=note["home"]), _PATIENCE_S) as store:
-            record = patiently(lambda: store.runs.get(note["run"]), _PATIENCE_S)
-            with open_folder(record["away"], home=note["home"]) as folder:
-                work(Courier(store, folder, note["run"]))
+    note = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    with patiently(lambda: open_store(note["uri"], home=note["home"]), _PATIENCE_S) as store:
+        record = patiently(lambda: store.runs.get(note["run"]), _PATIENCE_S)
+        with open_folder(record["away"], home=note["home"]) as folder:
+            work(Courier(store, folder, note["run"]))
     return 0
 
 

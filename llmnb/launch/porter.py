@@ -19,7 +19,7 @@ __all__ = ["SAYS", "main", "missing"]
 
 SAYS = "llmnb-says: "
 # How long the database may take to answer the first time, seconds. Later a run waits much longer for it.
-_FIRST_ANSWER_S = 20.0
+_FIRST_ANSWER_S = 10.0
 
 
 def main() -> int:
@@ -34,7 +34,9 @@ def main() -> int:
     if fault is None:
         from llmnb.launch.worker import main as work
 
-        return work([str(here / "job.pickle")])
+        code = work([str(here / "job.pickle")])
+        cleaner.join(15.0)
+        return code
     for left in (here / "job.pickle", here / "job.env"):
         left.unlink(missing_ok=True)
     print(SAYS + json.dumps(fault), flush=True)

@@ -22,6 +22,7 @@ import psutil
 from ..errors import ArtifactError, DatabaseError, LaunchError, RunError
 from ..events import StateChanged
 from ..job import TrainJob
+from .away import open_for
 from .heart import patiently
 from .layout import spread
 from .masking import Mask
@@ -54,9 +55,7 @@ def work(job: TrainJob, *, store: Store | None = None, on_event: OnEvent | None 
     if store is not None:
         _Work(job, store, on_event, _PATIENCE_HERE_S).carry_out()
         return
-    from ..store import open_store
-
-    own = patiently(lambda: open_store(job.uri, artifacts=job.artifacts), _PATIENCE_JOB_S)
+    own: Any = patiently(lambda: open_for(job), _PATIENCE_JOB_S)
     try:
         _Work(job, own, on_event, _PATIENCE_JOB_S).carry_out()
     finally:
@@ -241,7 +240,9 @@ def main(arguments: list[str] | None = None) -> int:
     take_environment(path)
     job = TrainJob.read(path)
     path.unlink(missing_ok=True)  # it holds the database's password, and was for one reader
-    console = to_log_file(own_folder(job.workdir, job.run) / "worker.log")
+    # On a cluster that is not ours Ray keeps what is printed, in a file, and gives it to who asks from elsewhere.
+    foreign = job.ray_address is not None
+    console = os.dup(2) if foreign else to_log_file(own_folder(job.workdir, job.run) / "worker.log")
     mask = Mask([job.uri, job.artifacts, *tokens_of(job)])
     try:
         work(job)

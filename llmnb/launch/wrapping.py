@@ -20,6 +20,7 @@ __all__ = ["EMPTY", "HOME_THERE", "travelling", "wrap"]
 
 # Our folder on a node: below the home folder of whom Ray runs as there.
 HOME_THERE = "~/.llmnb"
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 _ALWAYS = (
     "HF_TOKEN",
@@ -69,7 +70,7 @@ def wrap(job: TrainJob, *, package: str, needs: list[str], extras: list[str], s3
         "uri": job.uri,
         "away": job.away,
         "package": package,
-        "python": f"{sys.version_info[0]}.{sys.version_info[1]}",
+        "python": PYTHON,
         "llmnb": sys.modules[porter.__name__.partition(".")[0]].__version__,
         "needs": needs,
         "extras": extras,
@@ -90,7 +91,7 @@ def _zipped(files: dict[str, bytes]) -> bytes:
     held = io.BytesIO()
     with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as packed:
         for name, content in files.items():
-            packed.writestr(name, content)
+            packed.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)  # of no date: equal files, equal zips
     return held.getvalue()
 
 

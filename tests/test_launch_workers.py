@@ -16,7 +16,7 @@ from llmnb import LLM, Collection, LLMTrainer, connect
 from llmnb.config import TrainConfig
 from llmnb.errors import ConfigError, MissingPackage, RunError
 from llmnb.events import StateChanged
-from llmnb.launch import cluster, layout
+from llmnb.launch import cluster, layout, runner
 from llmnb.launch.layout import plan
 from llmnb.launch.spool import read
 from llmnb.launch.workers import RankFailed, _cause
@@ -131,7 +131,7 @@ def home(tmp_path_factory):
     """A home folder with a cluster of its own, ended afterwards."""
     home = tmp_path_factory.mktemp("ray") / "home"
     yield home
-    cluster.stop(home, patience=2.0)
+    runner.stop(home, patience=2.0)
     assert not cluster._marked(cluster._mark(home))
 
 

@@ -77,7 +77,7 @@ class Kernel:
 @pytest.fixture
 def kernels(tmp_path, mongo_uri):
     """Makes kernels that share a database and a home; ends them, and the cluster they started."""
-    from llmnb.launch import cluster
+    from llmnb.launch import runner
 
     home, made = tmp_path / "home", []
 
@@ -88,7 +88,7 @@ def kernels(tmp_path, mongo_uri):
     yield make
     for kernel in made:
         kernel.close()
-    cluster.stop(home)
+    runner.stop(home)
 
 
 def points(page: str) -> int:

@@ -23,13 +23,13 @@ PATIENCE = 600  # seconds for one cell, on a busy machine
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder to run in, with an embedded database and a cluster that end with the tests."""
-    from llmnb.launch import cluster
+    from llmnb.launch import runner
     from llmnb.store import embedded
 
     folder = tmp_path_factory.mktemp("tutorials")
     home = folder / "home"
     yield folder
-    cluster.stop(home)
+    runner.stop(home)
     embedded.stop(home)
 
 

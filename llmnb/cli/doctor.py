@@ -244,11 +244,11 @@ def _deepspeed() -> Finding:
 def _ray() -> Finding:
     version = _version("ray")
     if version is None:
-        return Finding("Ray", "missing", "no background and multi-GPU runs", "pip install 'llmnb[ray]'")
+        return Finding("Ray", "missing", "no runs on several workers or clusters", "pip install 'llmnb[ray]'")
     went, said = _tried("import ray, ray.job_submission, ray.train; print('ok')")
     if not went:
         return Finding("Ray", "fault", f"{version}: {said}", "pip install -U 'llmnb[ray]'")
-    return Finding("Ray", "ok", f"{version}: background runs")
+    return Finding("Ray", "ok", f"{version}: runs on several workers")
 
 
 def _notebook() -> Finding:

@@ -162,7 +162,7 @@ def _services(commands: Any) -> None:
     made.add_argument("action", choices=("start", "status", "stop", "gc"), help="gc removes bytes that no record names")
     made.add_argument("--dry-run", action="store_true", help="gc: only say what would be removed")
     _where(made)
-    made = _add(commands, "ray", "services", "this machine's Ray cluster for background runs: status, stop")
+    made = _add(commands, "ray", "services", "what carries out background runs on this machine: status, stop")
     made.add_argument("action", choices=("status", "stop"))
     made.add_argument("--home", metavar="DIR", help="its folder (LLMNB_HOME, ./.llmnb)")
     made = _add(commands, "doctor", "doctor", "what this machine can do, and what to do about what it cannot")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..store import environment
 from . import paper
@@ -54,16 +56,27 @@ def _collect(known: argparse.Namespace) -> int:
 
 
 def ray(known: argparse.Namespace) -> int:
-    """This machine's own Ray cluster."""
-    from ..launch import cluster
+    """What carries out background runs on this machine: the runner, and Ray for runs on several workers."""
+    from ..launch import cluster, runner
 
     home = _home(known)
     if known.action == "stop":
-        print("Stopped." if cluster.stop(home) else f"None was running for {home}.")
+        print("Stopped." if runner.stop(home) else f"Nothing was running for {home}.")
         return 0
-    found = cluster.status(home)
-    if found is None:
-        print(f"Not running for {home}. A background run starts it.")
+    found, head = runner.status(home), cluster.status(home)
+    if found is None and head is None:
+        print(f"Nothing is running for {home}. A background run starts it.")
         return 3
-    print(f"Running for {home}: {found.address}, dashboard {found.dashboard}")
+    print(_runner_in_words(found, home))
+    print(f"Ray, for runs on several workers: {head.address if head else 'not running, started when one comes'}")
     return 0
+
+
+def _runner_in_words(found: Mapping[str, Any] | None, home: Path) -> str:
+    if found is None:
+        return f"No runner for {home}."
+    warm = f"process {found['zygote']} is warm" if found["zygote"] else "nothing is warm"
+    lines = [f"Runner for {home}: process {found['keeper']}, {warm}"]
+    lines += [f"  {run}: process {pid or 'starting'}" for run, pid in found["running"].items()]
+    lines += [f"  {run}: waits for {', '.join(others)}" for run, others in found["waiting"].items()]
+    return "\n".join(lines)

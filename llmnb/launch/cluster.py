@@ -1,4 +1,4 @@
-"""This machine's own Ray cluster: started on first need, reused by every later run, stopped by us alone.
+"""This machine's own Ray cluster, for runs on several workers: started on first need, reused, stopped by us alone.
 
 The cluster is a detached head on loopback, bounded to this machine's CPUs and memory, with Ray's token
 authentication on and a token of its own in our home folder. It is found again through a small file beside the token.
@@ -41,12 +41,11 @@ try:
 except ImportError:  # Windows: two starters at the same moment are not kept apart
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Cluster", "MARK", "ensure", "jobs_at", "listening", "status", "stop"]
+__all__ = ["Cluster", "MARK", "ensure", "enter", "jobs_at", "listening", "status", "stop"]
 
 MARK = "LLMNB_RAY_CLUSTER"
 _START_LIMIT_S = 180.0
 _ANSWER_LIMIT_S = 60.0
-_ORPHANS_S = 20.0  # for runs whose cluster died, to save a checkpoint
 # Ray's sockets live under this folder, and a socket's path may not be longer than 107 bytes.
 _LONGEST_TEMP = 40
 _MIB = 1 << 20
@@ -58,15 +57,13 @@ class Cluster:
 
     Attributes:
         mark: what its processes carry in their environment.
-        dashboard: URL of the Jobs API.
         address: host:port for ``ray.init``.
         temp_dir: where Ray keeps sockets and logs.
-        pids: process id → start time of the parts that must live: gcs_server, raylet, dashboard.
+        pids: process id → start time of the parts that must live: gcs_server, raylet.
         home: the folder with the token and this description.
     """
 
     mark: str
-    dashboard: str
     address: str
     temp_dir: str
     pids: Mapping[str, float]
@@ -77,9 +74,9 @@ class Cluster:
         """The file with the token, mode 0600."""
         return Path(self.home) / "ray-token"
 
-    def jobs(self) -> Jobs:
-        """The Jobs API, authenticated."""
-        return Jobs(self.dashboard, self.token_file.read_text(encoding="ascii").strip())
+    def environment(self) -> dict[str, str]:
+        """What a process needs in its environment to speak with the cluster."""
+        return {"RAY_ADDRESS": self.address, **_speaking(self.token_file)}
 
 
 def ensure(home: str | Path) -> Cluster:
@@ -95,11 +92,18 @@ def ensure(home: str | Path) -> Cluster:
     with _locked(home):
         found = _find(home)
         if found is None:
-            _end_marked(_mark(home), _ORPHANS_S)  # what a crash left behind
+            _end_marked(_mark(home))  # what a crash left behind
             return _start(home)
         # It lives, and runs may be on it: one that is only slow must never be ended for a new one.
         _until_it_answers(found)
         return found
+
+
+def enter(home: str | Path) -> Cluster:
+    """Makes this process one that ``ray.init()`` joins to the cluster of ``home``; raises as ``ensure``."""
+    found = ensure(home)
+    os.environ.update(found.environment())
+    return found
 
 
 def status(home: str | Path) -> Cluster | None:
@@ -107,10 +111,8 @@ def status(home: str | Path) -> Cluster | None:
     return _find(Path(home).expanduser().absolute())
 
 
-def stop(home: str | Path, *, patience: float = 30.0) -> bool:
-    """Ends the cluster of ``home`` and nothing else.
-
-    Runs on it are asked to save a checkpoint first; they get ``patience`` seconds for it.
+def stop(home: str | Path) -> bool:
+    """Ends the cluster of ``home`` and nothing else. Runs whose workers are on it end with it: stop the runner first.
 
     Returns:
         False when there was none.
@@ -120,7 +122,7 @@ def stop(home: str | Path, *, patience: float = 30.0) -> bool:
         return False
     with _locked(home):
         described = _read(home)
-        ended = _end_marked(_mark(home), patience)
+        ended = _end_marked(_mark(home))
         (home / "ray.json").unlink(missing_ok=True)
         if described is not None:
             shutil.rmtree(described.temp_dir, ignore_errors=True)
@@ -141,15 +143,12 @@ def listening(home: str | Path) -> list[tuple[str, str, int]]:
 
 
 def jobs_at(address: str, home: str | Path | None = None) -> Jobs:
-    """The Jobs API at a URL: our own cluster's, or any other's.
+    """The Jobs API at a URL.
 
     Args:
         address: ``http://host:8265``.
         home: where our own cluster is described.
     """
-    own = _find(Path(home).absolute()) if home is not None else None
-    if own is not None and address in (own.dashboard, own.address):
-        return own.jobs()
     return Jobs(address, token())
 
 
@@ -190,14 +189,23 @@ def _find(home: Path) -> Cluster | None:
 
 def _until_it_answers(found: Cluster) -> None:
     end = time.monotonic() + _ANSWER_LIMIT_S
-    while not found.jobs().answers():
+    while not _answers(found):
         if time.monotonic() > end:
             raise LaunchError(
-                "Ray's Jobs API does not answer.",
-                seen=found.dashboard,
+                "This machine's Ray cluster does not answer.",
+                seen=found.address,
                 todo=f"see {found.temp_dir}/session_latest/logs; `llmnb ray stop` ends the cluster with all runs on it",
             )
         time.sleep(0.2)
+
+
+def _answers(found: Cluster) -> bool:
+    host, _, port = found.address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def _alive(pid: int, born: float) -> bool:
@@ -230,10 +238,9 @@ def _start(home: Path) -> Cluster:
     for _ in range(3):  # a port that was free may be taken a moment later
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir(mode=0o700)
-        dashboard, agent, client = _free_ports(3)
+        agent, client = _free_ports(2)
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", *_options(temp)]
-        command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-        command += [f"--ray-client-server-port={client}"]
+        command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
         with open(log, "wb") as out:
             os.chmod(log, 0o600)
             code = subprocess.run(
@@ -249,7 +256,7 @@ def _start(home: Path) -> Cluster:
                 check=False,
             ).returncode
         if code == 0:
-            return _describe(home, mark, temp, f"http://127.0.0.1:{dashboard}")
+            return _describe(home, mark, temp)
         _end_marked(mark)
         seen = log.read_text(encoding="utf-8", errors="replace")[-1500:]
         if "port" not in seen.lower():
@@ -262,8 +269,7 @@ def _options(temp: Path) -> list[str]:
     return [
         "--port=0",
         "--node-ip-address=127.0.0.1",
-        "--dashboard-host=127.0.0.1",
-        "--include-dashboard=true",
+        "--include-dashboard=false",  # nobody asks its Jobs API; it takes longer to start than all the rest
         "--include-log-monitor=false",  # 100 MB to copy log lines to drivers; ours write their own files
         "--disable-usage-stats",
         f"--temp-dir={temp}",
@@ -276,30 +282,28 @@ def _options(temp: Path) -> list[str]:
 
 def _environment(mark: str, token: Path) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "LLMNB_")) and k != "CUDA_VISIBLE_DEVICES"}
-    return env | {
-        MARK: mark,
+    return env | {MARK: mark, "PYTHONUNBUFFERED": "1", **_speaking(token)}
+
+
+def _speaking(token: Path) -> dict[str, str]:
+    return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Without this, Ray 2.60 turns 127.0.0.1 into the machine's outward address and listens there.
+        # Without this, Ray 2.60 turns 127.0.0.1 into the machine's outward address, and listens and looks there.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # A run that is stopped through Ray needs the time to save a checkpoint; the default is 3 s.
-        "RAY_JOB_STOP_WAIT_TIME_S": "300",
-        # A run may wait long for its turn; the default calls it failed after 15 minutes.
-        "RAY_JOB_START_TIMEOUT_SECONDS": str(30 * 24 * 3600),
-        "PYTHONUNBUFFERED": "1",
     }
 
 
-def _describe(home: Path, mark: str, temp: Path, dashboard: str) -> Cluster:
+def _describe(home: Path, mark: str, temp: Path) -> Cluster:
     must_live: dict[str, float] = {}
     for process in _marked(mark):
         with contextlib.suppress(psutil.Error):
             words = process.cmdline()
-            if any(word.endswith(("/gcs_server", "/raylet", "/dashboard.py")) for word in words[:4]):
+            if any(word.endswith(("/gcs_server", "/raylet")) for word in words[:4]):
                 must_live[str(process.pid)] = process.create_time()
     address = (temp / "ray_current_cluster").read_text(encoding="ascii").strip()
-    cluster = Cluster(mark, dashboard, address, str(temp), must_live, str(home))
+    cluster = Cluster(mark, address, str(temp), must_live, str(home))
     try:
         _until_it_answers(cluster)
     except LaunchError:
@@ -347,14 +351,9 @@ def _free_ports(n: int) -> list[int]:
 # --- ending ---------------------------------------------------------------------------------------------------
 
 
-def _end_marked(mark: str, patience: float = 0.0) -> int:
-    """Ends every process that carries the mark: runs first, when they get time; returns how many there were."""
-    everyone = _marked(mark)
-    if patience > 0:
-        runs = [p for p in everyone if _is_run(p)]
-        _signal(runs, signal.SIGTERM)
-        psutil.wait_procs(runs, timeout=patience)
-    left = _marked(mark)
+def _end_marked(mark: str) -> int:
+    """Ends every process that carries the mark; returns how many there were."""
+    everyone = left = _marked(mark)
     _signal(left, signal.SIGTERM)
     psutil.wait_procs(left, timeout=3.0)
     for _ in range(5):  # a dying parent may have started one more
@@ -364,13 +363,6 @@ def _end_marked(mark: str, patience: float = 0.0) -> int:
         _signal(left, signal.SIGKILL)
         psutil.wait_procs(left, timeout=2.0)
     return len(everyone)
-
-
-def _is_run(process: psutil.Process) -> bool:
-    try:
-        return "llmnb.launch.worker" in process.cmdline()
-    except psutil.Error:
-        return False
 
 
 def _signal(processes: list[Any], number: int) -> None:

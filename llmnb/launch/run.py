@@ -17,8 +17,10 @@ import psutil
 from ..checkpoint import Checkpoint
 from ..errors import NotFound, RunError
 from ..events import Event, Metric, StateChanged
-from . import cluster, spool
+from . import away, cluster, runner, spool
+from .burial import bury
 from .progress import Progress
+from .remote import why_it_ended
 
 if TYPE_CHECKING:
     from ..store import Store
@@ -72,6 +74,8 @@ class Run:
         except NotFound:
             return f"<Run {self.id}: removed>"
         parts = [record["state"]]
+        if record["state"] == "queued" and record.get("waits_for"):
+            parts.append(f"waits for {', '.join(record['waits_for'])}")
         # The newest few events are enough: a long run has many.
         last = next(reversed(_points(self.events(max(int(record.get("last_seq") or 0) - 20, 0)))), None)
         if last:
@@ -95,6 +99,9 @@ class Run:
     def _spooled(self, after: int) -> list[Event]:
         record = self.record
         if (record.get("config") or {}).get("log_to_db", True):
+            return []
+        if record.get("away"):
+            away.ensure_courier(self._store, self.id)  # it brings them into the database
             return []
         path = self._workdir(record)
         return spool.read(path / "events.jsonl", after) if path is not None else []
@@ -229,6 +236,7 @@ class Run:
         if process is not None:
             process.kill()
             process.wait(5.0)
+            bury(self._store, self.record)
         elif record.get("job"):
             jobs = self._jobs(record)
             if jobs is not None:
@@ -288,6 +296,7 @@ class Run:
                 jobs = self._jobs(record)
                 if jobs is not None:
                     jobs.stop(record["job"])
+            runner.take_back(record)
             # No worker can begin any more, so nobody else numbers events of this run.
             seq = self._store.events.last_seq(self.id) + 1
             said = StateChanged(state="stopped", reason="stopped before it began", seq=seq)
@@ -307,37 +316,32 @@ class Run:
         self._store.runs.find_lost()
         record = self.record
         state = record["state"]
+        if record.get("away"):
+            away.ensure_courier(self._store, self.id)
         if state in FINAL:
             return str(state)
         if state == "queued":
             self._look_at_job(record)
+            if runner.forgot(record):
+                bury(self._store, record)
         elif _gone(record):
             # Its last words may be on their way: the process ends a moment after it wrote its last state.
             time.sleep(0.5)
-            self._store.runs.transition(
-                self.id,
-                state,
-                "lost",
-                attempt=record.get("attempt", 1),
-                ended=_now(),
-                error=_said("WorkerLost", "The worker's process is gone without a word.", _owner(record)),
-            )
+            bury(self._store, self.record)
         return self.state
 
     def _look_at_job(self, record: dict[str, Any]) -> None:
         """A job that ended while its run is still queued never came to life: wrong Python, no such folder, …"""
         jobs = self._jobs(record) if record.get("job") else None
-        info = jobs.info(record["job"]) if jobs is not None else None
-        if info and info.get("status") in ("FAILED", "STOPPED", "SUCCEEDED"):
+        why = why_it_ended(jobs, record["job"]) if jobs is not None else None
+        if why is not None:
             self._store.runs.transition(
                 self.id,
                 "queued",
                 "failed",
                 attempt=record.get("attempt", 1),
                 ended=_now(),
-                error=_said(
-                    "LaunchError", "The job ended before the run began.", str(info.get("message") or "")[-1500:]
-                ),
+                error=why,
             )
 
     def _jobs(self, record: dict[str, Any]) -> Any:
@@ -353,17 +357,8 @@ def _points(events: list[Event]) -> list[dict[str, Any]]:
     ]
 
 
-def _said(kind: str, what: str, seen: str) -> dict[str, Any]:
-    return {"type": kind, "what": what, "seen": seen or None, "todo": None, "traceback": None}
-
-
 def _now() -> dt.datetime:
     return dt.datetime.now(dt.timezone.utc)
-
-
-def _owner(record: dict[str, Any]) -> str:
-    owner = record.get("owner") or {}
-    return f"host {owner.get('host')}, process {owner.get('pid')}"
 
 
 def _worker_process(record: dict[str, Any]) -> psutil.Process | None:

@@ -31,7 +31,7 @@ import psutil
 
 from ..errors import LaunchError
 from ..job import TrainJob
-from . import machine, tickets
+from . import cluster, machine, tickets
 from .layout import spread
 from .parcel import environment, import_paths, pack
 from .tickets import Ticket
@@ -41,9 +41,10 @@ try:
 except ImportError:  # Windows has no Unix sockets either
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["drop", "knows", "status", "stop", "submit", "wake"]
+__all__ = ["forgot", "status", "stop", "submit", "take_back"]
 
 _ANSWER_LIMIT_S = 20.0
+_HANDING_OVER_S = 60.0
 # A socket's path may not be longer than 107 bytes.
 _LONGEST_PATH = 100
 
@@ -100,25 +101,38 @@ def status(home: str | Path) -> dict[str, Any] | None:
     return _ask(Path(home).expanduser().absolute(), {"do": "status"}, 5.0)
 
 
-def wake(home: str | Path) -> None:
-    """Starts the runner again when it is gone and somebody waits for it."""
-    home = Path(home).expanduser().absolute()
-    if tickets.listed(home) and _ask(home, {"do": "status"}, 5.0) is None:
-        _told(home, {"do": "look"})
+def forgot(record: Mapping[str, Any]) -> bool:
+    """True when nobody will begin a queued run, although its record names a runner of this machine.
+
+    A runner that is gone while runs wait is started again.
+    """
+    home = _place(record)
+    if home is None:
+        return False
+    if any(ticket.run == record["_id"] for _, ticket in tickets.listed(home)):
+        if _ask(home, {"do": "status"}, 5.0) is None:
+            _told(home, {"do": "look"})
+        return False
+    # Whoever applied may be about to hand it over.
+    return time.time() - float(record["runner"]["since"]) > _HANDING_OVER_S
 
 
-def knows(home: str | Path, run: str) -> bool:
-    """True when the run waits or goes on there."""
-    return any(ticket.run == run for _, ticket in tickets.listed(Path(home)))
+def _place(record: Mapping[str, Any]) -> Path | None:
+    """The home of the runner that has a run, when it is on this machine."""
+    place = record.get("runner") or {}
+    here = place.get("host") == socket.gethostname() and not record.get("ray_address")
+    return Path(place["home"]) if here else None
 
 
-def drop(home: str | Path, run: str) -> bool:
-    """Takes a run that has not begun out of the queue.
+def take_back(record: Mapping[str, Any]) -> bool:
+    """Takes a run that has not begun out of the queue of the runner that its record names.
 
     Returns:
-        False when it is not there, or has begun.
+        False when it is not there, or has begun, or the runner is not on this machine.
     """
-    home = Path(home)
+    home, run = _place(record), str(record["_id"])
+    if home is None:
+        return False
     answer = _ask(home, {"do": "drop", "run": run}, 5.0)
     if answer is not None:
         return bool(answer["dropped"])
@@ -130,10 +144,13 @@ def drop(home: str | Path, run: str) -> bool:
 
 
 def stop(home: str | Path, *, patience: float = 30.0) -> bool:
-    """Ends the runner of ``home``. Runs save a checkpoint first; they get ``patience`` seconds for it.
+    """Ends the runner of ``home``, and the Ray cluster that its runs used.
+
+    Runs that go on save a checkpoint first; they get ``patience`` seconds for it. Runs that wait are recorded as
+    stopped.
 
     Returns:
-        False when there was none.
+        False when there was neither.
     """
     home = Path(home).expanduser().absolute()
     answered = _ask(home, {"do": "end", "patience": patience}, patience + _ANSWER_LIMIT_S) is not None
@@ -146,7 +163,7 @@ def stop(home: str | Path, *, patience: float = 30.0) -> bool:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(alive, timeout=5.0)
-    return answered or bool(left)
+    return cluster.stop(home) or answered or bool(left)
 
 
 def _marked(home: Path) -> list[psutil.Process]:

@@ -1,10 +1,12 @@
-"""Starting a run: in this process, on a thread of it, or as a job on a Ray cluster that outlives it."""
+"""Starting a run: in this process, on a thread of it, or in the background, where it outlives this process."""
 
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +15,9 @@ from ..config import ModelSpec, TrainConfig
 from ..errors import LaunchError
 from ..events import Event
 from ..job import TrainJob
-from . import cluster, machine, rayconfigs, remote
-from .layout import Layout, plan, spread
+from . import machine, rayconfigs, remote, runner
+from .layout import Layout, plan
 from .masking import Mask
-from .parcel import command, pack
 from .progress import Progress
 from .run import FINAL, Run
 from .worker import own_folder, told_of, work
@@ -50,7 +51,7 @@ def launch(
         config: how to train.
         parcel_objects: what travels beside the config: transform, trainer_kwargs, ray_configs, ray_address.
         wait: returns when it has ended. False returns at once, and then it is a background job in any case.
-        background: as a Ray job; else in this process.
+        background: by this machine's runner or on a cluster; else in this process.
         on_event: called with each event, when waited for.
         progress: shows a progress bar, when waited for.
 
@@ -132,7 +133,7 @@ def check(
     )
     if store.in_process and background:
         raise LaunchError(
-            "A Ray job cannot reach a database that lives in this process.",
+            "A background run cannot reach a database that lives in this process.",
             seen=store.describe(),
             todo="connect() with a server or with the embedded database; or train here, without on_ray",
         )
@@ -186,7 +187,7 @@ def _submit(job: TrainJob, store: Store) -> None:
     home = Path(store.home).expanduser().absolute()
     try:
         if job.ray_address is None:
-            _to_our_cluster(job, store, home)
+            _to_our_runner(job, store, home)
         else:
             remote.submit(job, store, home)
     except BaseException as error:
@@ -195,13 +196,9 @@ def _submit(job: TrainJob, store: Store) -> None:
         raise
 
 
-def _to_our_cluster(job: TrainJob, store: Store, home: Path) -> None:
-    folder = Path(job.workdir)
-    jobs = cluster.ensure(home).jobs()
-    cpus, gpus = float(machine.cpus()), float(min(machine.gpus_visible(), 1))
-    if spread(job):  # its workers take the GPUs; the CPUs are its turn, unless the person wants some for them
-        scaling = job.ray_configs.get("scaling_config")
-        cpus, gpus = 0.0 if getattr(scaling, "resources_per_worker", None) else cpus, 0.0
-    store.runs.update(job.run, job=job.submission, ray_address=jobs.url, ray_home=str(home), workdir=str(folder))
-    path = pack(job, folder, home)
-    jobs.submit(command(path, here=True), id=job.submission, cpus=cpus, gpus=gpus, metadata={"run": job.run})
+def _to_our_runner(job: TrainJob, store: Store, home: Path) -> None:
+    place = {"host": socket.gethostname(), "home": str(home), "since": time.time()}
+    store.runs.update(job.run, runner=place, ray_address=None, workdir=job.workdir)
+    waits_for = runner.submit(job, home)
+    if waits_for:
+        store.runs.update(job.run, waits_for=waits_for)

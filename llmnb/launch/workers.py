@@ -28,12 +28,14 @@ import psutil
 from ..errors import LaunchError, LlmnbError, RunError
 from ..events import Note
 from ..job import TrainJob
-from . import machine
+from . import cluster, machine
+from .away import open_for
 from .heart import patiently
 from .layout import SLOT
 from .masking import Mask
 from .parcel import environment
 from .reporting import Reporter, own_folder, tokens_of, told_of
+from .wrapping import HOME_THERE, travelling
 
 if TYPE_CHECKING:
     from .worker import _Work
@@ -104,6 +106,8 @@ def train_on_workers(work: _Work) -> Outcome:
 
 
 def _connect(job: TrainJob) -> Any:
+    if job.ray_address is None:
+        cluster.enter(os.environ["LLMNB_HOME"])  # before Ray is imported: it reads its environment then
     import ray
 
     for name, value in (
@@ -168,8 +172,10 @@ def _scaling(job: TrainJob, there: Mapping[str, float], say: Callable[[Any], Non
 def _seal(job: TrainJob, folder: Path) -> bytes:
     """The job and the person's environment as bytes: Ray shows neither."""
     draft = dataclasses.replace(job, ray_configs={}).write(folder / ".ranks.pickle")
+    # On a cluster that is not ours each node has paths of its own.
+    env = environment() if job.ray_address is None else travelling(s3=True) | {"LLMNB_HOME": HOME_THERE}
     try:
-        return pickle.dumps((draft.read_bytes(), environment(), os.getcwd()))
+        return pickle.dumps((draft.read_bytes(), env, os.getcwd()))
     finally:
         draft.unlink(missing_ok=True)
 
@@ -249,9 +255,7 @@ def carry_rank(sealed: bytes) -> dict[str, Any]:
 
 
 def _carry(job: TrainJob, rank: int) -> Any:
-    from ..store import open_store
-
-    store = patiently(lambda: open_store(job.uri, artifacts=job.artifacts), _PATIENCE_S)
+    store: Any = patiently(lambda: open_for(job), _PATIENCE_S)
     try:
         reporter = Reporter(job, store, None, _PATIENCE_S)
         return reporter.train() if rank else _tell(reporter)

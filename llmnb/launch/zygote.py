@@ -155,7 +155,7 @@ def _spoiled() -> str | None:
 def _as_child(path: Path, devices: Sequence[str], known: set[str], tell: int) -> int:
     # As multiprocessing's fork does: what was registered for the zygote's end is not the child's to do.
     atexit._clear()
-    atexit.register(multiprocessing.util._exit_function)
+    atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()

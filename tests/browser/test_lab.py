@@ -221,7 +221,7 @@ def test_a_point_is_drawn_soon_after_it_was_said(page, record_property):
 @pytest.mark.ray
 def test_training_from_a_cell_is_seen_live(driver, tmp_path, mongo_uri, tiny_llama):
     """The main path of a notebook, with a real database and a real background job."""
-    from llmnb.launch import cluster
+    from llmnb.launch import runner
 
     home = tmp_path / "home"
     cells = [
@@ -260,4 +260,4 @@ def test_training_from_a_cell_is_seen_live(driver, tmp_path, mongo_uri, tiny_lla
             page.picture(tmp_path / "chat.png")
             assert page.faults() == []
     finally:
-        cluster.stop(home)
+        runner.stop(home)

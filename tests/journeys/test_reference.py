@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from llmnb import LLM, Collection, Document, LLMTrainer, LLMTrainingConfiguration, connect, demo
-from llmnb.launch import cluster
+from llmnb.launch import runner
 
 
 @pytest.fixture(params=["mongomock", pytest.param("mongod", marks=pytest.mark.mongod)])
@@ -112,7 +112,7 @@ def on_mongod(mongo_uri, tmp_path, monkeypatch):
     db = connect(mongo_uri, home=tmp_path / "home")
     yield db
     db.close()
-    cluster.stop(tmp_path / "home", patience=2.0)
+    runner.stop(tmp_path / "home", patience=2.0)
 
 
 @pytest.mark.ray

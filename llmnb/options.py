@@ -355,3 +355,30 @@ def named(words: Sequence[str]) -> dict[str, str | None]:
     if faults:
         raise ConfigError(faults)
     return out
+
+
+# --- resuming -----------------------------------------------------------------------------------------------
+
+#: How long a run trains.
+LONGER = ("num_train_epochs", "max_steps")
+#: What may change when a run is resumed: how long it trains, and what its mathematics does not see.
+CHANGEABLE = (
+    *LONGER,
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "eval_accumulation_steps",
+    "eval_delay",
+    "eval_steps",
+    "eval_strategy",
+    "logging_first_step",
+    "logging_steps",
+    "logging_strategy",
+    "output_dir",
+    "per_device_eval_batch_size",
+    "report_to",
+    "run_name",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+)

@@ -14,7 +14,7 @@ from llmnb.cli import doctor, main, paper, parsing, settings
 from llmnb.errors import ConfigError
 from llmnb.events import Metric, Note
 
-COMMANDS = ["quickstart", "train", "runs", "watch", "stop", "chat"]
+COMMANDS = ["quickstart", "train", "runs", "watch", "stop", "resume", "chat"]
 COMMANDS += ["data", "checkpoints", "show", "db", "ray", "doctor"]
 HEAVY = ("torch", "transformers", "ray", "pymongo", "plotly", "IPython", "rich", "numpy", "deepspeed")
 
@@ -437,6 +437,13 @@ def test_runs_watch_show(trained, capsys):
     assert "did you mean 'sums'" in capsys.readouterr().err
     assert main(["stop", run, *where]) == 1
     assert "has ended already" in capsys.readouterr().err
+    assert main(["resume", run, *where]) == 1
+    assert "nothing is left to do" in capsys.readouterr().err
+    assert main(["resume", run, "--learning_rate", "4", *where]) == 1
+    assert "cannot change while a run goes on" in capsys.readouterr().err
+    assert main(["resume", "--max_steps", "6", "--save_steps", "6", *where]) == 0
+    said = capsys.readouterr().out
+    assert f"{run}, done" in said and "in 6 steps" in said and db.show("run") == [run]
     assert main(["watch", run[:-1] + "x", *where]) == 1
     assert run in capsys.readouterr().err, "the near name is offered"
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -20,9 +23,9 @@ from llmnb.errors import AdapterMismatch, ConfigError, DataError, LaunchError, R
 from llmnb.events import CheckpointSaved, Metric, Note, StateChanged
 from llmnb.launch import rayconfigs, worker
 from llmnb.launch.heart import Heart
-from llmnb.launch.resuming import CHANGEABLE
 from llmnb.launch.said import Said
 from llmnb.launch.spool import Spool, read
+from llmnb.options import CHANGEABLE
 from llmnb.trainer import LLMTrainer as Settings
 
 HERE = Path(__file__).parent
@@ -380,3 +383,96 @@ def test_what_is_known_is_what_was_said_whole():
     assert said.knows(Note(text="8 rows")) and not said.knows(StateChanged(state="running"))
     stored = [Checkpoint("r", 3, "a"), Checkpoint("r", 4, "b", size=7, best=True)]
     assert [(e.step, e.size, e.best) for e in said.unsaid(stored)] == [(4, 7, True)]
+
+
+# -- exactly, from new processes -------------------------------------------------------------------------------
+
+A_PERSON = """
+import os, signal, sys, time
+from llmnb import LLM, Collection, LLMTrainer, connect
+from llmnb.events import Metric
+
+what, uri, base, home = sys.argv[1:5]
+db = connect(uri, home=home)
+
+
+def train(name, lora, press=None):
+    trainer = LLMTrainer(
+        name, select=Collection("sums").find(), key="text", output_dir="out", max_seq_length=32, use_lora=lora,
+        lora_dropout=0.1, learning_rate=1e-2, lr_scheduler_type="cosine", warmup_steps=2, max_steps=11,
+        per_device_train_batch_size=2, logging_steps=1, save_steps=5, use_cpu=True,
+    )
+    return db.apply(LLM(name, base, trainer=trainer), on_event=press, progress=False)
+
+
+def stop(event):
+    if isinstance(event, Metric) and event.step == 3:
+        db.run().stop()
+        while db.run().state != "stopping":
+            time.sleep(0.01)
+
+
+def die(event):
+    if isinstance(event, Metric) and event.step == 8:
+        while not db.run().checkpoints():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if what == "begin":
+    train("whole-lora", True)
+    train("whole-full", False)
+    train("stopped-lora", True, stop)
+    train("killed-full", False, die)
+else:
+    for run in reversed(db.runs()):
+        if run.look() != "done":
+            assert run.resume(progress=False).state == "done"
+"""
+
+
+def in_a_process(folder: Path, *words: str) -> int:
+    """A Python process of its own, in a folder of its own; its exit status."""
+    folder.mkdir()
+    paths = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", A_PERSON, *words, str(folder / "home")], cwd=folder, env=env, check=False
+    )
+    return done.returncode
+
+
+def curve(run) -> list[tuple[int, float, float]]:
+    return [(m["step"], m["loss"], m["learning_rate"]) for m in run.metrics()]
+
+
+def kept(db, run) -> dict[str, bytes]:
+    """All files of the last checkpoint but those that tell the time, name the folder, or list a set in any order."""
+    folder = db.store.checkpoints.fetch(run.checkpoints()[-1], resume=True)
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    aside = {"trainer_state.json", "training_args.bin", "adapter_config.json", ".llmnb-proved.json"}
+    return {name: path.read_bytes() for name, path in files.items() if name not in aside}
+
+
+@pytest.mark.mongod
+@pytest.mark.slow
+def test_trap21_trap22_n_steps_are_k_and_the_rest_from_a_new_process(mongo_uri, tiny_llama, tmp_path):
+    """Bitwise, on one CPU worker: LoRA after a stop, all weights after kill -9; another home, another folder."""
+    db = connect(mongo_uri, home=tmp_path / "home")
+    db.execute(Collection("sums").insert_many([{"text": f"{i}+1={i + 1}", "_fold": "train"} for i in range(12)]))
+    assert in_a_process(tmp_path / "here", "begin", mongo_uri, tiny_llama) == -signal.SIGKILL
+    runs = {run.record["model"]: run for run in db.runs()}
+    assert runs["stopped-lora"].state == "stopped" and [c.step for c in runs["killed-full"].checkpoints()] == [5]
+    said = runs["killed-full"].events()
+    (tmp_path / "here").rename(tmp_path / "gone")
+    assert in_a_process(tmp_path / "there", "resume", mongo_uri, tiny_llama) == 0
+    for whole, broken in (("whole-lora", "stopped-lora"), ("whole-full", "killed-full")):
+        one, two = runs[whole], runs[broken]
+        assert two.state == "done" and two.record["attempt"] == 2 and gapless(two)
+        assert curve(two) == curve(one) and [step for step, *_ in curve(one)] == list(range(1, 12))
+        ours, theirs = kept(db, one), kept(db, two)
+        assert ours.keys() == theirs.keys() >= {"optimizer.pt", "scheduler.pt", "rng_state.pth", "llmnb.json"}
+        assert [name for name in ours if ours[name] != theirs[name]] == []
+    assert runs["killed-full"].events()[: len(said)] == said
+    assert any("goes on after step 5" in text for text in notes(runs["killed-full"]))
+    db.close()

@@ -18,6 +18,7 @@ from traitlets.config import Config
 from llmnb import Collection, connect
 from llmnb.errors import ConfigError, NotFound
 from llmnb.events import CheckpointSaved, Metric, StateChanged
+from llmnb.launch.run import Run
 from llmnb.notebook import load, unload
 from llmnb.notebook.magics import NAMES
 
@@ -216,6 +217,7 @@ def test_completion_of_options_choices_and_names(ready, db):
     assert complete(ready, "%llm_train --collection d") == ["docs"]
     assert complete(ready, "%llm_data ")[0] == "docs"
     assert first in complete(ready, "%llm_watch ")
+    assert first in complete(ready, "%llm_resume ") and complete(ready, "%llm_resume --max") == ["--max_steps"]
     assert complete(ready, "%%llm_chat --comp") == ["--compare"]
     assert complete(ready, "%llm_train --compl") == []
 
@@ -292,6 +294,22 @@ def test_stop_writes_one_letter(ready, db):
     db.store.runs.transition(record["_id"], "starting", "running")
     said, _ = run(ready, f"%llm_stop {record['_id']}")
     assert "Stopping" in said and db.store.runs.control(record["_id"]) == "stop", said
+
+
+def test_resume_hands_over_what_was_typed_and_watches(ready, db, monkeypatch):
+    first = a_run(db)
+    asked = []
+    monkeypatch.setattr(Run, "resume", lambda self, **words: asked.append((self.id, words)) or self)
+    run(ready, "def shout(text): return text\nr = %llm_resume --num_train_epochs 5 --save_steps 10 --transform shout")
+    (id, words) = asked.pop()
+    assert id == first and ready.user_ns["r"].id == first, "the newest, when none is named"
+    shout = ready.user_ns["shout"]
+    given = {"num_train_epochs": 5.0, "save_steps": 10, "transform": shout, "wait": False, "changed_data": False}
+    assert words == given
+    run(ready, f"%llm_resume {first} --changed_data --lora_r 4")
+    assert asked.pop() == (first, {"lora_r": 4, "wait": False, "changed_data": True})
+    _, result = run(ready, "%llm_resume nope")
+    assert isinstance(result.error_in_exec, NotFound)
 
 
 def test_no_checkpoints_is_said(ready):

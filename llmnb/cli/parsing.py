@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from ..options import CHANGEABLE
+
 __all__ = ["parse"]
 
 _RUN = "the run's id, or latest"
@@ -23,7 +25,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if not hasattr(known, "module"):
         parser.print_help()
         raise SystemExit(2)
-    if rest and known.function not in ("train", "chat"):
+    if rest and known.function not in ("train", "chat", "resume"):
         known.parser.error(f"not understood: {' '.join(rest)}")
     known.more = rest
     return known
@@ -125,6 +127,22 @@ def _runs(commands: Any) -> None:
         if name == "stop":
             made.add_argument("--kill", action="store_true", help="end it now, without a checkpoint")
         _where(made)
+    made = _add(
+        commands,
+        "resume",
+        "running",
+        "go on with a run that has ended, from its newest checkpoint",
+        "It may have stopped, failed, been lost or be done; it stays the same run. How long it trains and what its "
+        "mathematics does not see (--save_steps, --eval_steps, --logging_steps, …) can be changed, as --NAME VALUE.",
+    )
+    made.add_argument("run", nargs="?", default="latest", metavar="RUN", help=_RUN)
+    made.add_argument("--num_train_epochs", "--epochs", metavar="N", help="train until N epochs are done")
+    made.add_argument("--max_steps", metavar="N", help="train until N steps are done")
+    for name in CHANGEABLE[2:]:  # named, so that a value of theirs is not taken for the run
+        made.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    made.add_argument("--detach", action="store_true", help="go on in the background and return at once")
+    made.add_argument("--changed-data", action="store_true", help="go on although the documents changed since")
+    _where(made)
 
 
 def _chat(commands: Any) -> None:

@@ -1,4 +1,4 @@
-"""``llmnb runs``, ``llmnb watch RUN``, ``llmnb stop RUN``."""
+"""``llmnb runs``, ``llmnb watch RUN``, ``llmnb stop RUN``, ``llmnb resume RUN``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import argparse
 import sys
 from typing import Any
 
+from ..options import CHANGEABLE
 from . import paper
+from .settings import named, settings
 
-__all__ = ["runs", "stop", "watch"]
+__all__ = ["resume", "runs", "stop", "watch"]
 
 
 def _database(known: argparse.Namespace) -> Any:
@@ -56,6 +58,12 @@ def watch(known: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\nThe run goes on. llmnb stop {run.id} ends it with a checkpoint.", file=sys.stderr)
         return 130
+    _tell(run, follower)
+    return 0
+
+
+def _tell(run: Any, follower: paper.Follower) -> None:
+    """How a run that was followed ended."""
     for text in follower.warnings:
         paper.fact("", text)
     paper.fact("Run", f"{run.id}, {run.state}")
@@ -70,7 +78,6 @@ def watch(known: argparse.Namespace) -> int:
             for c in saved
         ]
         paper.table(("checkpoint", "eval loss", "size", ""), rows)
-    return 0
 
 
 def stop(known: argparse.Namespace) -> int:
@@ -83,3 +90,29 @@ def stop(known: argparse.Namespace) -> int:
         run.stop()
         print(f"Stopping {run.id}: it saves a checkpoint, then it ends.")
     return 0
+
+
+def resume(known: argparse.Namespace) -> int:
+    """Goes on with a run that has ended, and follows it unless it was detached."""
+    changes = _changes(known)
+    from .quiet import hush
+
+    hush()
+    database = _database(known)
+    run = database.run(known.run)
+    if known.detach:
+        run.resume(wait=False, **changes)
+        print(f"Run {run.id} goes on in the background.\n  llmnb watch {run.id}\n  llmnb stop {run.id}")
+        return 0
+    with paper.Follower(run.record["model"]) as follower:
+        run.resume(wait=True, progress=False, on_event=follower, **changes)
+    _tell(run, follower)
+    return 0
+
+
+def _changes(known: argparse.Namespace) -> dict[str, Any]:
+    said = {name: getattr(known, name) for name in CHANGEABLE if getattr(known, name) is not None}
+    model, changes = settings({**said, **named(known.more)})
+    if known.changed_data:
+        changes["changed_data"] = True
+    return {**model, **changes}

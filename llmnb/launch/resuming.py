@@ -25,30 +25,7 @@ from .worker import own_folder
 if TYPE_CHECKING:
     from ..store import Store
 
-__all__ = ["CHANGEABLE", "Given", "resume"]
-
-LONGER = ("num_train_epochs", "max_steps")
-#: What may change when a run is resumed: how long it trains, and what its mathematics does not see.
-CHANGEABLE = (
-    *LONGER,
-    "dataloader_num_workers",
-    "dataloader_persistent_workers",
-    "dataloader_prefetch_factor",
-    "eval_accumulation_steps",
-    "eval_delay",
-    "eval_steps",
-    "eval_strategy",
-    "logging_first_step",
-    "logging_steps",
-    "logging_strategy",
-    "output_dir",
-    "per_device_eval_batch_size",
-    "report_to",
-    "run_name",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
-)
+__all__ = ["Given", "resume"]
 
 
 @dataclass(frozen=True)
@@ -137,7 +114,7 @@ def _changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
             faults.append(today)
             continue
         for name, real in today.items():
-            if name not in CHANGEABLE:
+            if name not in options.CHANGEABLE:
                 faults.append(_refused(written, name))
             elif name == "output_dir":
                 own[name] = str(real)
@@ -155,7 +132,7 @@ def _refused(written: str, name: str) -> Fault:
     if name in options.training_arguments() or name in TrainConfig.__dataclass_fields__:
         todo = "start a new run, with adapter_id='RUN' to go on from this one's weights"
         return Fault(written, "cannot change while a run goes on: it would not be the same run", todo)
-    close = near(written, CHANGEABLE)
+    close = near(written, options.CHANGEABLE)
     return Fault(written, "is not an option of resume", ("did you mean " + " or ".join(close) + "?") if close else "")
 
 
@@ -186,7 +163,7 @@ def _check_left(run: Run, record: Mapping[str, Any], before: TrainConfig, config
     seen = f"step {step}, epoch {epoch:g}"
     steps = config.arguments.get("max_steps") or -1
     short = step >= steps if steps > 0 else epoch >= config.arguments.get("num_train_epochs", 3.0)
-    longer = any(before.arguments.get(name) != config.arguments.get(name) for name in LONGER)
+    longer = any(before.arguments.get(name) != config.arguments.get(name) for name in options.LONGER)
     if longer and short:
         asked = f"max_steps={steps}" if steps > 0 else f"num_train_epochs={config.arguments['num_train_epochs']:g}"
         raise RunError(f"Run {run.id} was trained that far already.", seen=f"{seen}; asked for: {asked}", todo=way)

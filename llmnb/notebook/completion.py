@@ -91,7 +91,7 @@ class Matcher:
             return self._positional("llm_checkpoints", steps=True)
         if option == "compare":
             return ["base"]
-        if magic != "llm_train":
+        if magic not in ("llm_train", "llm_resume"):
             return None
         known = options.training_arguments().get(option)
         if known is not None and known.choices:
@@ -104,7 +104,7 @@ class Matcher:
         if not self._session.connected:
             return []
         store = self._session.database().store
-        if magic in ("llm_watch", "llm_stop"):
+        if magic in ("llm_watch", "llm_stop", "llm_resume"):
             return [record["_id"] for record in store.runs.list(limit=50)]
         if magic == "llm_data":
             return sorted(store.collections())

@@ -6,6 +6,7 @@ with, so ``run = %llm_train … --start`` works.
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, no_var_expand
@@ -13,6 +14,7 @@ from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.display import display
 
 from ..errors import ConfigError, Fault, NotFound
+from ..options import CHANGEABLE, LONGER
 from ..query import Collection
 from .arguments import bordered, known_settings, named, settings
 from .session import Session
@@ -27,16 +29,26 @@ NAMES = (
     "llm_runs",
     "llm_watch",
     "llm_stop",
+    "llm_resume",
     "llm_checkpoints",
     "llm_chat",
     "llm_help",
 )
+_GIVEN_AGAIN = (*CHANGEABLE, "transform", "training_kwargs", "ray_configs", "ray_address")
 _HELP = argument("--help", "-h", action="store_true", help="show this help")
 
 
 def _open(magic: Any) -> Any:
     """Marks a magic that reads options its parser does not list."""
     magic.open = True
+    return magic
+
+
+def _changeable(magic: Any) -> Any:
+    """Names what ``%llm_resume`` takes, so that a value is not read as the run, and Tab knows it."""
+    for name in reversed(_GIVEN_AGAIN):
+        help = "train until so many are done" if name in LONGER else argparse.SUPPRESS
+        magic = argument(f"--{name}", metavar="N", help=help)(magic)
     return magic
 
 
@@ -203,6 +215,31 @@ class LlmMagics(Magics):
         print(f"Stopping {run.id}: it saves a checkpoint, then it ends.")
 
     @magic_arguments()
+    @argument("run", nargs="?", default="latest", help="the run's id; nothing: the newest")
+    @argument("--changed_data", action="store_true", help="go on although the documents changed since")
+    @_changeable
+    @_HELP
+    @no_var_expand
+    @line_magic
+    @_open
+    @bordered
+    def llm_resume(self, known: Any, rest: list[str], _cell: str | None) -> Any:
+        """Goes on with a run that has ended, from its newest checkpoint, in the background. Returns the run.
+
+        It stays the same run. --num_train_epochs and --max_steps train it further; --save_steps, --eval_steps,
+        --logging_steps and their like can be changed, too. --transform, --training_kwargs and --ray_configs take the
+        name of a variable: objects are never loaded from the database.
+        """
+        said = {name: getattr(known, name) for name in _GIVEN_AGAIN if getattr(known, name) is not None}
+        model, changes = settings({**said, **named(rest)}, self.shell.user_ns)
+        if "training_kwargs" in changes:
+            changes["trainer_kwargs"] = changes.pop("training_kwargs")
+        run = self.session.database().run(known.run)
+        run.resume(wait=False, changed_data=known.changed_data, **model, **changes)
+        self.session.watch(run)
+        return run
+
+    @magic_arguments()
     @argument("experiment", nargs="?", help="a run's id; nothing: all that have checkpoints")
     @_HELP
     @line_magic
@@ -287,6 +324,8 @@ class LlmMagics(Magics):
             usage = " ".join(function.parser.format_usage().replace("::", "").replace("[--help]", "").split())
             usage = "options" if name == "llm_train" else usage.removeprefix(f"%{name}").strip()
             sign = "%%" if name == "llm_chat" else "%"
+            if name == "llm_resume":
+                usage = "[RUN] [--num_train_epochs N] [--OPTION VALUE …]"
             if name == "llm_train":
                 usage = "--model M --collection C [--OPTION VALUE …] [--start]"
             rows.append((sign + name, usage, _first_sentence(magic_words(function))))

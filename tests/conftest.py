@@ -75,3 +75,30 @@ def store(request, tmp_path):
         opened = open_store(uri, home=tmp_path / "home")
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """A local S3 server of this test session: ``bucket.Server``."""
+    from bucket import Server
+
+    server = Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """The server, with the way to it in this process's environment. fsspec's clients are made anew."""
+    from fsspec import AbstractFileSystem
+
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    yield s3_server
+    for cls in _subclasses(AbstractFileSystem):
+        if "s3" in cls.protocol:
+            cls.clear_instance_cache()
+
+
+def _subclasses(cls):
+    return {cls}.union(*(_subclasses(one) for one in cls.__subclasses__()))

@@ -8,6 +8,7 @@ never overwrite each other's fields; that one field is changed by one of them at
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -21,7 +22,7 @@ from urllib.parse import quote
 import bson
 from bson import json_util
 
-from ..errors import ArtifactError, NotFound
+from ..errors import ConnectError, NotFound
 from ..query import Document, Select
 from . import environment
 from .artifacts import Artifacts
@@ -30,7 +31,7 @@ from .clock import Clock
 from .events import Events
 from .matching import changed, matches
 from .models import Models
-from .places import opened
+from .places import botocores, needs_folders, opened
 from .runs import Runs
 from .settings import Settings
 from .tables import Duplicate
@@ -56,39 +57,55 @@ class Folder:
         self.root = root.rstrip("/")
         self.local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
 
+    @contextlib.contextmanager
+    def reached(self) -> Iterator[None]:
+        """What goes wrong on the way there is what it is with a database: it may be back in a while.
+
+        Raises:
+            ConnectError: the folder cannot be reached.
+        """
+        try:
+            with botocores():
+                yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise ConnectError("The run's folder does not answer.", seen=f"{self.root}: {error}") from error
+
     def write(self, name: str, content: bytes) -> None:
         """A reader sees all of it or what was there before."""
         path = f"{self.root}/{name}"
-        self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        if not self.local:
-            self.fs.pipe_file(path, content)
-            return
-        draft = f"{path}.{uuid.uuid4().hex[:8]}.part"
-        self.fs.pipe_file(draft, content)
-        Path(draft).replace(path)
+        with self.reached():
+            self.make(path)
+            if not self.local:
+                self.fs.pipe_file(path, content)
+                return
+            draft = f"{path}.{uuid.uuid4().hex[:8]}.part"
+            self.fs.pipe_file(draft, content)
+            Path(draft).replace(path)
+
+    def make(self, path: str) -> None:
+        """Makes the folder of a file, where there are folders."""
+        if needs_folders(self.fs):
+            self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
 
     def read(self, name: str) -> bytes | None:
         """None where there is no such file (any more)."""
         try:
-            return bytes(self.fs.cat_file(f"{self.root}/{name}"))
+            with self.reached():
+                return bytes(self.fs.cat_file(f"{self.root}/{name}"))
         except FileNotFoundError:
             return None
 
     def names(self, folder: str) -> list[str]:
         """Names of a sub-folder's files, sorted."""
         try:
-            self.fs.invalidate_cache()
-            found = self.fs.ls(f"{self.root}/{folder}", detail=False)
+            with self.reached():
+                self.fs.invalidate_cache()
+                found = self.fs.ls(f"{self.root}/{folder}", detail=False)
         except FileNotFoundError:
             return []
         return sorted(f"{folder}/{str(path).rpartition('/')[2]}" for path in found)
-
-    def remove(self, name: str) -> None:
-        """Nothing happens when there is none."""
-        try:
-            self.fs.rm_file(f"{self.root}/{name}")
-        except FileNotFoundError:
-            return
 
 
 class FolderTable:
@@ -97,11 +114,11 @@ class FolderTable:
     Args:
         folder: the store's.
         name: of the table, a sub-folder.
-        writer: a word that no other open store has.
     """
 
-    def __init__(self, folder: Folder, name: str, writer: str) -> None:
-        self._folder, self._name, self._writer = folder, name, writer
+    def __init__(self, folder: Folder, name: str) -> None:
+        self._folder, self._name = folder, name
+        self._writer = uuid.uuid4().hex[:12]
         self._lock = threading.RLock()
         self._mine: dict[str, dict[str, Field]] = {}
         self._batches: dict[str, dict[str, dict[str, Field]]] = {}  # never change once written
@@ -266,7 +283,6 @@ class FolderStore:
     def __init__(self, url: str, home: Path) -> None:
         self.url, self.name, self.safe_uri, self.home = url, "folder", url, home
         self._folder = Folder(url)
-        self._writer = uuid.uuid4().hex[:12]
         clock = Clock(None)
         self.settings = Settings(self._table("settings"))  # type: ignore[arg-type]
         self.artifacts = Artifacts(self._table("artifacts"), None, self.settings, clock)  # type: ignore[arg-type]
@@ -280,7 +296,7 @@ class FolderStore:
         self.checkpoints.users = self.models.pointing_at
 
     def _table(self, name: str) -> FolderTable:
-        return FolderTable(self._folder, f"records/{name}", self._writer)
+        return FolderTable(self._folder, f"records/{name}")
 
     def __repr__(self) -> str:
         return f"FolderStore({self.url!r})"
@@ -299,10 +315,11 @@ class FolderStore:
     def put_rows(self, select: Select, fold: str | None, rows: Iterable[Mapping[str, Any]]) -> None:
         """Keeps the rows of a selection: BSON, compressed."""
         path = f"{self._folder.root}/{self._rows_file(select, fold)}"
-        self._folder.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        with self._folder.fs.open(path, "wb") as file, gzip.open(file, "wb", compresslevel=5) as packed:
-            for row in rows:
-                packed.write(bson.encode(row))
+        with self._folder.reached():
+            self._folder.make(path)
+            with self._folder.fs.open(path, "wb") as file, gzip.open(file, "wb", compresslevel=5) as packed:
+                for row in rows:
+                    packed.write(bson.encode(row))
 
     def rows(self, select: Select, fold: str | None = None, limit: int = 0) -> Iterator[Document]:
         """The rows that were kept for a selection.
@@ -312,7 +329,8 @@ class FolderStore:
         """
         path = f"{self._folder.root}/{self._rows_file(select, fold)}"
         try:
-            file = self._folder.fs.open(path, "rb")
+            with self._folder.reached():
+                file = self._folder.fs.open(path, "rb")
         except FileNotFoundError:
             raise NotFound("rows of the selection from", select.collection, todo="apply the model again") from None
         with file, gzip.open(file, "rb") as packed:
@@ -334,12 +352,8 @@ class FolderStore:
 
     def remove(self) -> None:
         """Removes the folder with all that is in it."""
-        try:
+        with contextlib.suppress(FileNotFoundError), self._folder.reached():
             self._folder.fs.rm(self._folder.root, recursive=True)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise ArtifactError("The run's folder cannot be removed.", seen=error) from error
 
     def close(self) -> None:
         """Nothing is held open."""

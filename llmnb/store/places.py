@@ -22,7 +22,7 @@ from ..errors import ArtifactError, MissingPackage
 from .address import mask_uri
 from .tables import no_space, translated
 
-__all__ = ["BUCKET", "FolderPlace", "GridPlace", "Place", "absolute", "opened"]
+__all__ = ["BUCKET", "FolderPlace", "GridPlace", "Place", "absolute", "botocores", "needs_folders", "opened"]
 
 BUCKET = "llmnb.fs"
 GRID_CHUNK = 255 * 1024  # GridFS's own; larger ones were not faster
@@ -53,8 +53,11 @@ class Place(Protocol):
 @contextlib.contextmanager
 def _explained(label: str, what: str) -> Iterator[None]:
     try:
-        yield
+        with botocores():
+            yield
     except (NoFile, FileNotFoundError) as error:
+        if what.startswith("writing"):
+            raise ArtifactError("There is no such place for artifacts.", seen=f"{label}: {error}") from error
         raise ArtifactError("Stored bytes are missing.", seen=f"{label}: {error}") from error
     except GridFSError as error:
         raise ArtifactError("Stored bytes are damaged.", seen=f"{label}: {error}") from error
@@ -68,7 +71,28 @@ def _explained(label: str, what: str) -> Iterator[None]:
         if isinstance(error, PyMongoError):
             with translated(label):
                 raise
-        raise ArtifactError(f"{what} {label} failed.".capitalize(), seen=f"{type(error).__name__}: {error}") from error
+        todo = None
+        if label.startswith("s3"):
+            todo = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, for an endpoint of your own, AWS_ENDPOINT_URL"
+        seen = f"{type(error).__name__}: {error}"
+        raise ArtifactError(f"{what[0].upper()}{what[1:]} {label} failed.", seen=seen, todo=todo) from error
+
+
+@contextlib.contextmanager
+def botocores() -> Iterator[None]:
+    """The errors of S3's client, which are no OSErrors as those of other file systems, become some."""
+    try:
+        yield
+    except Exception as error:  # by its name: botocore is not imported here, and its errors have no one root
+        if not type(error).__module__.startswith(("botocore.", "aiobotocore.", "aiohttp.")):
+            raise
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error
+
+
+def needs_folders(fs: Any) -> bool:
+    """False for object stores: they know no folders, and making one there would make a bucket that nobody asked for."""
+    protocols = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
+    return not {"s3", "gs", "gcs", "abfs", "az"} & set(protocols)
 
 
 class GridPlace(Place):
@@ -163,7 +187,8 @@ class FolderPlace(Place):
         path = self._path(name)
         with _explained(self.label, "writing to"):
             try:
-                self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+                if needs_folders(self._fs):
+                    self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
                 with self._fs.open(path, "wb") as file:
                     for chunk in chunks:
                         file.write(chunk)
@@ -171,7 +196,7 @@ class FolderPlace(Place):
                     if "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)):
                         os.fsync(file.fileno())
             except BaseException:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(Exception):  # the error that is on its way says more than a second one
                     self._fs.rm_file(path)
                 raise
         return name

@@ -25,7 +25,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -211,11 +210,10 @@ def carry(path: Path, devices: Sequence[str]) -> int:
 
 def _other_random_numbers() -> None:
     """Children of one zygote would all draw the same ones."""
-    random.seed()
-    if find_spec("torch") is not None:
-        from ..engine import warm
+    from ..engine import warm
 
-        warm.reseed()
+    random.seed()
+    warm.reseed()
 
 
 def main() -> int:

@@ -7,4 +7,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fake_engine
 
+from llmnb.engine import warm
+
 sys.modules["llmnb.engine.training"] = fake_engine
+warm.MODULES = warm.EXTRAS = ()
+warm.warm = lambda names: None

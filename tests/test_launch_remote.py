@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from bucket import BUCKET
 from foreign import Foreign
 
 import llmnb
@@ -100,9 +101,10 @@ def test_each_kind_of_address_reaches_the_cluster(kind, foreign, db, tmp_path, m
     def loud(text: str) -> str:  # travels by value: its module is not there
         return text.upper()
 
+    loaded = "ray" in sys.modules
     run = db.apply(model(tmp_path, address_of(foreign, kind, monkeypatch), transform=loud), wait=False)
     assert run.wait(90).state == "done"
-    assert "ray" not in sys.modules
+    assert ("ray" in sys.modules) == loaded  # neither finding the cluster nor asking it loads Ray here
 
     assert run.record["ray_address"] == foreign.url
     assert Path(run.record["workdir"]) == foreign.home / ".llmnb" / "runs" / run.id
@@ -372,3 +374,30 @@ def test_a_cluster_elsewhere_needs_a_database_or_a_folder_that_it_reaches(db, tm
     with pytest.raises(ConfigError, match="storage"):
         db.apply(model(tmp_path, "http://10.1.2.3:8265", log_to_db=False), wait=False)
     assert {run.state for run in db.runs()} == {"failed"}
+
+
+def test_workers_without_the_database_whose_storage_is_on_s3(walled, db, s3, tiny_llama, tmp_path):
+    """The real engine on two ranks."""
+    from ray.train import RunConfig, ScalingConfig
+
+    configs = {
+        "scaling_config": ScalingConfig(num_workers=2),
+        "run_config": RunConfig(name="mine", storage_path=f"s3://{BUCKET}/llm-finetune"),
+    }
+    walled.switch("without_torch", None)
+    settings = {"per_device_train_batch_size": 2, "max_seq_length": 32, "ray_configs": configs, "log_to_db": False}
+    run = db.apply(model(tmp_path, walled.url, tiny_llama, **settings), wait=False)
+    assert run.record["away"] == f"s3://{BUCKET}/llm-finetune/llmnb/{run.id}"
+    assert run.wait(150).state == "done"
+    events = run.events()
+    assert [event.seq for event in events] == list(range(1, len(events) + 1))
+    assert [m["step"] for m in run.metrics() if "loss" in m] == [1, 2, 3, 4]
+    assert [(c.step, c.resumable) for c in run.checkpoints()] == [(2, False), (4, True)]
+    assert (Path(db.load("model", "sums").checkpoint.path) / "adapter_model.safetensors").stat().st_size > 1000
+    wait_for(lambda: run.record.get("courier") == "finished")
+    assert s3.keys(f"llm-finetune/llmnb/{run.id}") == []
+    assert s3.keys("llm-finetune/mine")  # Ray's own
+
+    secret = s3.env["AWS_SECRET_ACCESS_KEY"]
+    assert secret not in json.dumps(run.record, default=str) + repr(run.events()) + run.logs(1000)
+    assert secret not in json.dumps(walled.jobs().info(run.id)) + str([p.environ() for p in walled.processes()])

@@ -30,6 +30,7 @@ from ..events import Note
 from ..job import TrainJob
 from . import cluster, machine
 from .away import open_for
+from .bucket import with_filesystem
 from .heart import patiently
 from .layout import SLOT
 from .masking import Mask
@@ -142,6 +143,7 @@ def _trainer(work: _Work, ray: Any) -> Any:
     configs["scaling_config"] = _scaling(job, ray.cluster_resources(), work.say)
     if configs.get("run_config") is None:
         configs["run_config"] = RunConfig(name=job.run, storage_path=str(work.folder / "ray"))
+    configs["run_config"] = with_filesystem(configs["run_config"])
     sealed = _seal(job, work.folder)
 
     def train_as_one_rank() -> dict[str, Any]:

@@ -206,6 +206,50 @@ def test_no_secret_is_seen_and_no_file_is_left(db, home, mongo_uri, tmp_path):
     assert password not in (home / "runner" / "keeper.log").read_text()
 
 
+SUBMITTER = """
+import os, sys
+from llmnb import LLM, Collection, LLMTrainer, connect
+uri, home, out = sys.stdin.read().split()
+db = connect(uri, home=home)
+trainer = LLMTrainer("t", select=Collection("sums").find(), key="text", output_dir=out, max_steps=30, logging_steps=1,
+                     save_steps=15, max_seq_length=32, use_cpu=True)
+run = db.apply(LLM("sums", "base", trainer=trainer), wait=False)
+assert not {"torch", "ray"} & set(sys.modules)
+print(run.id, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_background_run_outlives_whoever_applied(db, home, mongo_uri, tmp_path):
+    told = " ".join([mongo_uri, str(home), str(tmp_path / "out")])
+    done = subprocess.run([sys.executable, "-c", SUBMITTER], input=told, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    run = db.run(done.stdout.split()[-1])
+    assert run.wait(60).state == "done"
+    events = numbered(run)
+    assert [e.state for e in events if isinstance(e, StateChanged)] == ["starting", "running", "done"]
+    assert [m["step"] for m in run.metrics()] == list(range(1, 31))
+    assert [c.step for c in run.checkpoints()] == [15, 30] and db.load("model", "sums").checkpoint.step == 30
+
+
+def test_a_failed_background_run_brings_its_own_traceback(db, tmp_path):
+    def broken(text):
+        raise ValueError("the transform broke")
+
+    run = db.apply(model(tmp_path, transform=broken), wait=False)
+    with pytest.raises(RunError, match="the transform broke") as caught:
+        run.wait(60)
+    assert "broken" in caught.value.remote_traceback and run.state == "failed"
+    assert "the transform broke" in run.logs()
+    numbered(run)
+
+
+def test_waiting_shows_every_event(db, tmp_path):
+    seen = []
+    run = db.apply(model(tmp_path, on_ray=True), on_event=seen.append, progress=False)
+    assert seen == run.events() and run.state == "done"
+
+
 # -- killed ----------------------------------------------------------------------------------------------------
 
 
@@ -395,9 +439,7 @@ def test_a_run_of_a_later_attempt_is_not_buried(store, tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_of_the_real_engine_share_a_process_and_give_their_memory_back(
-    db, home, tiny_llama, tmp_path, monkeypatch
-):
+def test_runs_of_the_real_engine_give_their_memory_back(db, home, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONPATH")
 
     def used() -> int:

@@ -13,7 +13,7 @@ import pytest
 from llmnb import LLM, Collection, LLMTrainer, connect
 from llmnb.errors import LaunchError, NotFound, RunError
 from llmnb.events import CheckpointSaved, Metric, Note, StateChanged
-from llmnb.launch import cluster, jobs
+from llmnb.launch import cluster
 from llmnb.launch.progress import Progress
 
 
@@ -111,17 +111,15 @@ def test_a_cluster_that_is_slow_to_answer_is_not_ended(tmp_path, monkeypatch):
     import psutil
 
     me = psutil.Process()
-    found = cluster.Cluster(
-        "m", "http://127.0.0.1:9", "127.0.0.1:8", str(tmp_path), {str(me.pid): me.create_time()}, ""
-    )
+    found = cluster.Cluster("m", "127.0.0.1:8", str(tmp_path), {str(me.pid): me.create_time()}, "")
     found = cluster.Cluster(**{**found.__dict__, "home": str(tmp_path)})
     (tmp_path / "ray.json").write_text(json.dumps(found.__dict__))
     found.token_file.write_text("token")
     answers, ended = iter([False, False, True]), []
-    monkeypatch.setattr(jobs.Jobs, "answers", lambda self: next(answers))
+    monkeypatch.setattr(cluster, "_answers", lambda found: next(answers))
     monkeypatch.setattr(cluster, "_end_marked", lambda *args: ended.append(args))
     assert cluster.ensure(tmp_path) == found and ended == []
-    monkeypatch.setattr(jobs.Jobs, "answers", lambda self: False)
+    monkeypatch.setattr(cluster, "_answers", lambda found: False)
     monkeypatch.setattr(cluster, "_ANSWER_LIMIT_S", 0.3)
     with pytest.raises(LaunchError, match="does not answer"):
         cluster.ensure(tmp_path)
@@ -130,9 +128,7 @@ def test_a_cluster_that_is_slow_to_answer_is_not_ended(tmp_path, monkeypatch):
 
 def test_a_cluster_of_dead_processes_is_none(tmp_path):
     (tmp_path / "ray.json").write_text(
-        json.dumps(
-            {"mark": "m", "dashboard": "", "address": "", "temp_dir": "", "pids": {"1": 1.0}, "home": str(tmp_path)}
-        )
+        json.dumps({"mark": "m", "address": "", "temp_dir": "", "pids": {"1": 1.0}, "home": str(tmp_path)})
     )
     assert cluster.status(tmp_path) is None
     (tmp_path / "ray.json").write_text("{torn")

@@ -368,7 +368,7 @@ def test_a_killed_worker_without_the_database_is_lost(walled, db, tmp_path, monk
 
 def test_a_cluster_elsewhere_needs_a_database_or_a_folder_that_it_reaches(db, tmp_path, monkeypatch):
     elsewhere = jobs.Jobs("http://10.1.2.3:8265")
-    monkeypatch.setattr(remote, "find", lambda address, home=None: elsewhere)
+    monkeypatch.setattr(remote, "find", lambda address: elsewhere)
     with pytest.raises(LaunchError, match="cannot reach this database"):
         db.apply(model(tmp_path, "http://10.1.2.3:8265"), wait=False)
     with pytest.raises(ConfigError, match="storage"):

@@ -33,7 +33,6 @@ import psutil
 
 from ..errors import LaunchError, MissingPackage
 from . import machine
-from .jobs import Jobs, token
 from .layout import SLOT
 
 try:
@@ -41,7 +40,7 @@ try:
 except ImportError:  # Windows: two starters at the same moment are not kept apart
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Cluster", "MARK", "ensure", "enter", "jobs_at", "listening", "status", "stop"]
+__all__ = ["Cluster", "MARK", "ensure", "enter", "listening", "status", "stop"]
 
 MARK = "LLMNB_RAY_CLUSTER"
 _START_LIMIT_S = 180.0
@@ -140,16 +139,6 @@ def listening(home: str | Path) -> list[tuple[str, str, int]]:
                 if connection.status == psutil.CONN_LISTEN:
                     found.append((process.name(), connection.laddr.ip, connection.laddr.port))
     return found
-
-
-def jobs_at(address: str, home: str | Path | None = None) -> Jobs:
-    """The Jobs API at a URL.
-
-    Args:
-        address: ``http://host:8265``.
-        home: where our own cluster is described.
-    """
-    return Jobs(address, token())
 
 
 # --- finding --------------------------------------------------------------------------------------------------

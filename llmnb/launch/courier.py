@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, DatabaseError, InUse, NotFound
 from ..events import StateChanged
-from . import away, cluster
+from . import away
 from .heart import patiently
+from .jobs import at
 from .remote import why_it_ended
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class Courier:
         self._asked_at = time.monotonic()
         if ours["state"] not in _ALIVE:
             return True
-        why = why_it_ended(cluster.jobs_at(ours["ray_address"], ours.get("ray_home")), ours["job"])
+        why = why_it_ended(at(ours["ray_address"]), ours["job"])
         if theirs["state"] == "queued":
             if why is not None:
                 self._end(ours, "failed", why)

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from ..errors import LaunchError
 
-__all__ = ["ENDED", "Jobs", "token"]
+__all__ = ["ENDED", "Jobs", "at", "token"]
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -42,6 +42,11 @@ def token() -> str:
     with contextlib.suppress(OSError):
         return path.read_text(encoding="ascii").strip()
     return ""
+
+
+def at(url: str) -> Jobs:
+    """The Jobs API at a URL, with the token that this process has for clusters."""
+    return Jobs(url, token())
 
 
 class Jobs:

@@ -19,13 +19,11 @@ import sys
 import threading
 import time
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ..errors import LaunchError, LlmnbError, MissingPackage
-from . import cluster
-from .jobs import ENDED, LOOPBACK, Jobs, token
+from .jobs import ENDED, LOOPBACK, Jobs, at, token
 from .layout import spread
 from .porter import SAYS
 from .wrapping import EMPTY, HOME_THERE, wrap
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["find", "forget", "near", "submit", "why_it_ended"]
 
 _ANSWER_S = 5.0
-_RAY_ANSWERS_S = 25.0
+_RAY_ANSWERS_S = 60.0
 _ENTRYPOINT = "exec $(command -v python || command -v python3) porter.py"
 
 # Ray's own client finds the dashboard of a cluster:
@@ -49,13 +47,12 @@ print("URL", JobSubmissionClient(sys.argv[1]).get_address())
 """
 
 
-def submit(job: TrainJob, store: Store, home: Path) -> None:
+def submit(job: TrainJob, store: Store) -> None:
     """Hands a job to the cluster at ``job.ray_address``, and watches until it has begun.
 
     Args:
         job: what to do.
         store: the database that the run is recorded in.
-        home: this machine's home folder.
 
     Raises:
         LaunchError: nobody answers there, it asks for another token, the job is refused, or the cluster could reach
@@ -64,7 +61,7 @@ def submit(job: TrainJob, store: Store, home: Path) -> None:
     """
     from . import away
 
-    jobs = find(str(job.ray_address), home)
+    jobs = find(str(job.ray_address))
     there = away.there_for(job, near(jobs))
     if there is None:
         _check_database(job, jobs)
@@ -72,7 +69,7 @@ def submit(job: TrainJob, store: Store, home: Path) -> None:
     sent = dataclasses.replace(job, workdir=f"{HOME_THERE}/runs", away=there, uri=None if there else job.uri)
     s3 = away.is_s3(there) or away.is_s3(store.settings.artifacts) or away.is_s3(away.storage_path(job))
     content = wrap(sent, package=package, needs=needs(job, s3), extras=extras(job, s3), s3=s3)
-    known = {"job": job.submission, "ray_address": jobs.url, "ray_home": str(home), "package": package, "away": there}
+    known = {"job": job.submission, "ray_address": jobs.url, "package": package, "away": there, "courier": None}
     store.runs.update(job.run, **known)
     if there is not None:
         away.furnish(job, store, there)
@@ -99,13 +96,12 @@ def near(jobs: Jobs) -> bool:
 # --- finding --------------------------------------------------------------------------------------------------
 
 
-def find(address: str, home: Path | None = None) -> Jobs:
+def find(address: str) -> Jobs:
     """The Jobs API of a cluster.
 
     Args:
         address: ``auto`` (a cluster of this machine, or ``RAY_ADDRESS``), ``host:6379``, ``ray://host:10001`` or
             ``http://host:8265``.
-        home: where our own cluster is described.
 
     Raises:
         LaunchError: nobody answers there, within seconds; or it asks for another token.
@@ -114,7 +110,7 @@ def find(address: str, home: Path | None = None) -> Jobs:
     if address != "auto":
         _knock(address)
     url = address if urlsplit(address).scheme in ("http", "https") else _ask_ray(address)
-    jobs = cluster.jobs_at(url.rstrip("/"), home)
+    jobs = at(url)
     jobs.prove()
     return jobs
 

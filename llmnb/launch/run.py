@@ -17,8 +17,9 @@ import psutil
 from ..checkpoint import Checkpoint
 from ..errors import NotFound, RunError
 from ..events import Event, Metric, StateChanged
-from . import away, cluster, runner, spool
+from . import away, runner, spool
 from .burial import bury
+from .jobs import at
 from .progress import Progress
 from .remote import why_it_ended
 
@@ -346,7 +347,7 @@ class Run:
 
     def _jobs(self, record: dict[str, Any]) -> Any:
         address = record.get("ray_address")
-        return cluster.jobs_at(address, record.get("ray_home")) if address else None
+        return at(address) if address else None
 
 
 def _points(events: list[Event]) -> list[dict[str, Any]]:

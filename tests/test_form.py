@@ -199,3 +199,35 @@ def test_what_the_form_cannot_say_is_named():
 )
 def test_the_steps_are_those_of_the_trainer(settings, found, workers, expected):
     assert form.steps(LLMTrainer(**settings).freeze().config, found, workers) == expected
+
+
+SAMPLE = {"used": 100, "tokens": 10_000, "longest": 200}
+SHAPE = {"total": 1_000_000_000, "trained": 5_000_000, "layers": 24, "hidden": 2048, "vocabulary": 32_000, "width": 2}
+
+
+def told(shape=SHAPE, pace=1e13, **settings):
+    return form.forecast(LLMTrainer(**settings).freeze().config, 1000, SAMPLE, shape, pace)
+
+
+def test_a_forecast_counts_the_tokens_of_all_epochs():
+    assert (told().steps, told().tokens) == (375, 300_000)
+    assert told(max_steps=10).tokens == 10 * 8 * 100
+    assert told(num_gpus=2, num_train_epochs=1).steps == 63
+    assert told(shape=None).memory is None and told(pace=None).seconds is None
+
+
+def test_a_forecast_of_time_follows_the_weights_and_the_tokens():
+    assert told().seconds == pytest.approx(4 * 1e9 * 300_000 / (1e13 * 0.4))
+    whole = {**SHAPE, "trained": SHAPE["total"]}
+    assert told(whole, use_lora=False).seconds == pytest.approx(1.5 * told().seconds)
+    assert told(gradient_checkpointing=True).seconds == pytest.approx(1.5 * told().seconds)
+    tiny = {**SHAPE, "total": 1000, "trained": 10}
+    assert told(tiny).seconds > 5, "a step takes its time, however small the model is"
+
+
+def test_a_forecast_of_memory_knows_what_saves_it():
+    whole = {**SHAPE, "trained": SHAPE["total"]}
+    lora, full = told().memory, told(whole, use_lora=False).memory
+    assert full - lora == pytest.approx(12 * SHAPE["total"], rel=0.05), "gradients and Adam's two moments"
+    assert told({**SHAPE, "width": 0.55}).memory == pytest.approx(lora - 1.45e9, rel=0.01)
+    assert told(gradient_checkpointing=True).memory < lora and told(per_device_train_batch_size=1).memory < lora

@@ -25,6 +25,7 @@ sampling       the options of one answer
 merging        an adapter into its base
 memory         how much is in use, and giving it back
 classification text classifiers: labels of rows in place of tokens
+shape          a model's shape from its config alone, and this machine's pace
 scratch        a new tokenizer and a new, random Llama
 pipes          any other transformers pipeline
 ============== =========================================================================

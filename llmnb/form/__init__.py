@@ -6,19 +6,22 @@ is a function of values: this room knows no widget, no database and no torch.
 
 from __future__ import annotations
 
+from .forecast import Forecast, forecast, steps
 from .rows import NOT_ROWS, PRESETS, TABS, Preset, Row, rows, types_of
-from .values import MODEL_ONLY, Values, by_row, filled, line, selection, settings, spell, steps, typed
+from .values import MODEL_ONLY, Values, by_row, filled, line, selection, settings, spell, typed
 
 __all__ = [
     "MODEL_ONLY",
     "NOT_ROWS",
     "PRESETS",
     "TABS",
+    "Forecast",
     "Preset",
     "Row",
     "Values",
     "by_row",
     "filled",
+    "forecast",
     "line",
     "rows",
     "selection",

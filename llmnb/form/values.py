@@ -7,7 +7,6 @@ row's default counts.
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,7 @@ from ..errors import ConfigError, Fault
 from ..query import Collection, Select
 from .rows import rows, text_of, types_of
 
-__all__ = ["MODEL_ONLY", "Values", "by_row", "filled", "line", "selection", "settings", "spell", "steps", "typed"]
+__all__ = ["MODEL_ONLY", "Values", "by_row", "filled", "line", "selection", "settings", "spell", "typed"]
 
 Values = Mapping[str, Any]
 # Settings of ``LLM``; all others are ``LLMTrainer``'s.
@@ -172,17 +171,3 @@ def line(values: Values) -> str:
         plain = value if isinstance(value, bool) or name in ("collection", "filter", "limit") else typed(name, value)
         words.append(spell(option, plain))
     return " ".join(["%llm_train", *words, "--start"])
-
-
-def steps(config: TrainConfig, found: int, workers: int = 1) -> int:
-    """Optimizer steps of a run on ``found`` rows, as ``transformers.Trainer`` counts them."""
-    known = options.training_arguments()
-
-    def argument(name: str) -> Any:
-        return config.arguments.get(name, known[name].default)
-
-    if argument("max_steps") > 0:
-        return int(argument("max_steps"))
-    batches = math.ceil(found / (argument("per_device_train_batch_size") * max(workers, 1)))
-    each = max(1, math.ceil(batches / argument("gradient_accumulation_steps")))
-    return math.ceil(argument("num_train_epochs") * each)

@@ -74,6 +74,14 @@ class LiveView:
             self._kept = display(self._keepsake(), raw=True, display_id=True)
             self._snapshot()
 
+    def take_over(self, live: DisplayHandle | None, kept: DisplayHandle | None) -> None:
+        """Lives where another view was displayed, which holds this view's widget in itself from now on."""
+        with self._lock:
+            self._live, self._kept = live, kept
+            self._snapshot()
+            if self._curve.ended:
+                self._end()
+
     # -- the poller's side -----------------------------------------------------------------------------------
 
     def show(self, curve: Curve, record: Mapping[str, Any], trouble: str) -> None:

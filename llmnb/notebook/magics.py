@@ -105,7 +105,11 @@ class LlmMagics(Magics):
     # -- training --------------------------------------------------------------------------------------------
 
     @magic_arguments()
-    @argument("--start", action="store_true", help="start now, in the background; without it the plan is shown")
+    @argument(
+        "--start",
+        action="store_true",
+        help="start now, in the background; without it the plan is shown, and without any option the panel",
+    )
     @argument("--model", help="the base model: a hub id or a folder")
     @argument("--llm", help="the name of a variable that holds an LLM, in place of --model")
     @argument("--collection", help="the documents to train on")
@@ -119,11 +123,17 @@ class LlmMagics(Magics):
     def llm_train(self, known: Any, rest: list[str], _cell: str | None) -> Any:
         """Fine-tunes a model on a collection. Returns the run: run = %llm_train … --start
 
+        Alone, %llm_train opens the training panel: every setting with its consequence, rows as the model will see them,
+        and a button that starts.
+
         Every option of LLMTrainer, of LLM and of transformers.TrainingArguments is an option here: --key text,
         --learning_rate 2e-4, --lora_r 16, --num_train_epochs 3, … (%llm_train --help names them all).
         --select, --transform, --eval_selects, --deepspeed and the other options that take an object can be given the
         name of a variable.
         """
+        if self.session.in_notebook and not rest and not any(vars(known).values()):
+            self.session.open_panel()
+            return None
         plan = self._plan(known, named(rest))
         if not known.start:
             display(plan.table())

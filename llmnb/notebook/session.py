@@ -26,6 +26,7 @@ class Session:
 
     Attributes:
         shell: the IPython shell.
+        typed: what the training panel held last, for the next one; None before the first.
     """
 
     def __init__(self, shell: Any) -> None:
@@ -33,6 +34,8 @@ class Session:
         self._database: Any = None
         self._poller: Any = None
         self._chats: Any = None
+        self._previews: Any = None
+        self.typed: dict[str, Any] | None = None
 
     # -- the database ----------------------------------------------------------------------------------------
 
@@ -85,6 +88,26 @@ class Session:
         self.poller().watch(run, view, self.database().store.runs.find_lost)
         view.display()
 
+    def open_panel(self) -> None:
+        """Shows the training panel in the cell that runs."""
+        from .panel import Panel
+
+        Panel(self, self.database()).display()
+
+    def previews(self) -> Any:
+        """The process that makes rows for the training panel to show."""
+        if self._previews is None:
+            from ..launch.preview import PreviewProcess
+
+            self._previews = PreviewProcess()
+        return self._previews
+
+    def close_previews(self) -> None:
+        """Ends it and gives its memory back."""
+        if self._previews is not None:
+            self._previews.close()
+            self._previews = None
+
     def poller(self) -> Any:
         """The one thread that reads what runs say."""
         if self._poller is None:
@@ -126,4 +149,5 @@ class Session:
             self._poller.stop()
             self._poller = None
         self.close_chats()
+        self.close_previews()
         self._database = None  # it may be the person's own: not ours to close

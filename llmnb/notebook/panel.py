@@ -1,0 +1,258 @@
+"""The training panel: the page's form on one side, ``panel_data`` on the other.
+
+The page says ``ready``, ``edit``, ``look``, ``load`` and ``start``; the panel says what it knows, one message for each
+part, and all of it again at each ``ready``, so that a page that is loaded again shows what it showed before. What takes
+longer than a moment runs on a thread that ends when nothing is left to do. The widget's state holds nothing.
+"""
+
+from __future__ import annotations
+
+import html
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import anywidget
+from IPython.display import DisplayHandle, display
+
+from .. import form
+from ..errors import ConfigError, LlmnbError
+from . import panel_data
+from .tables import short
+
+__all__ = ["Panel", "TrainPanel"]
+
+_STATIC = Path(__file__).parent / "static"
+
+
+class TrainPanel(anywidget.AnyWidget):
+    """The widget. Only its ``send`` is used from threads; it has no traits of its own."""
+
+    _esm = (_STATIC / "panel.js").read_text(encoding="utf-8")
+    _css = (_STATIC / "live.css").read_text(encoding="utf-8") + (_STATIC / "panel.css").read_text(encoding="utf-8")
+
+
+class Panel:
+    """One display of the form. All of its state sits under one lock.
+
+    Args:
+        session: the shell's; it keeps what was typed for the next panel.
+        database: the connected ``Datalayer``.
+    """
+
+    def __init__(self, session: Any, database: Any) -> None:
+        self._session, self._database = session, database
+        self._lock = threading.RLock()
+        self.widget = TrainPanel()
+        self.widget.on_msg(self._heard)
+        self._values: dict[str, Any] = dict(session.typed or panel_data.START)
+        self._tab = form.TABS[0]
+        self._phase = "editing"
+        self._opened = False
+        self._told: dict[str, Any] = {"form": panel_data.form_of()}
+        self._live: DisplayHandle | None = None
+        self._kept: DisplayHandle | None = None
+        self._thread: threading.Thread | None = None
+        self._todo: list[Callable[[], None]] = []
+        self._known: dict[str, tuple[Any, Any]] = {}  # part → (what it was asked for, the answer)
+
+    def display(self) -> None:
+        """Puts the panel into the cell's output. Must be called on the thread that runs the cell."""
+        self._live = display(self.widget, display_id=True)
+        self._kept = display(self._keepsake({}), raw=True, display_id=True)
+
+    # -- the page's side -------------------------------------------------------------------------------------
+
+    def _heard(self, _widget: Any, message: Any, _buffers: Any) -> None:
+        kind = message.get("kind") if isinstance(message, dict) else None
+        with self._lock:
+            if kind == "ready":
+                state = {"values": self._values, "tab": self._tab, "phase": self._phase}
+                self.widget.send({"kind": "all", "content": {**state, "told": self._told}})
+                if not self._opened:  # what a person does not wait for comes after what they do
+                    self._opened = True
+                    self._do(self._look, self._consider)
+            elif kind == "edit":
+                self._take(message)
+                self._do(self._consider if message.get("done") else self._quickly)
+            elif kind == "look":
+                self._do(self._look)
+            elif kind == "load":
+                run = str(message.get("run"))
+                self._do(lambda: self._load(run))
+            elif kind == "start" and self._phase == "editing":
+                self._take(message)
+                self._phase = "starting"
+                self._tell("phase", phase="starting")
+                self._do(self._start)
+
+    def _take(self, message: Mapping[str, Any]) -> None:
+        known = {row.name for row in form.rows()}
+        self._values = {k: v for k, v in dict(message["values"]).items() if k in known and isinstance(v, (str, bool))}
+        self._tab = str(message.get("tab") or self._tab)
+        self._session.typed = self._values
+
+    def _tell(self, part: str, /, **content: Any) -> None:
+        with self._lock:
+            self._told[part] = content
+            self.widget.send({"kind": part, "content": content})
+
+    # -- what takes longer -----------------------------------------------------------------------------------
+
+    def _do(self, *steps: Callable[[], None]) -> None:
+        """Runs the steps on the panel's thread, after those that wait already; a step that waits is not added again."""
+        with self._lock:
+            self._todo += [step for step in steps if step not in self._todo]
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="llmnb-panel", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._todo:
+                    self._thread = None
+                    return
+                step = self._todo.pop(0)
+            try:
+                step()
+            except LlmnbError as error:
+                self._tell("trouble", words=_words(error))
+            except Exception as error:  # noqa: BLE001 - the border of a thread: the panel shows it
+                self._tell("trouble", words=f"{type(error).__name__}: {error}")
+
+    def _look(self) -> None:
+        found = panel_data.names(self._database.store)
+        with self._lock:
+            # Where there is one choice it is made; a person can still make another.
+            for row, known in (("model_name_or_path", found["bases"]), ("collection", found["collections"])):
+                if len(known) == 1 and not self._values.get(row):
+                    self._values[row] = known[0][0]
+                    self._tell("values", values=self._values, said="")
+        self._tell("names", **found)
+        self._session.previews().warm()
+
+    def _quickly(self) -> None:
+        """While the person still types."""
+        self._check()
+
+    def _check(self) -> panel_data.Checked:
+        with self._lock:
+            values = dict(self._values)
+        collections = [name for name, _ in self._told.get("names", {}).get("collections", [])]
+        checked = panel_data.check(values, collections)
+        self._tell("checked", **checked.to_page(values))
+        self._forecast(checked)
+        return checked
+
+    def _consider(self) -> None:
+        """Checks, and shows the rows and the model that the choices mean."""
+        self._tell("trouble", words="")
+        checked = self._check()
+        if self._kept is not None and self._phase == "editing":
+            self._kept.update(self._keepsake(self._told["checked"]), raw=True)
+        with self._lock:
+            values = dict(self._values)
+        self._answer("fields", values.get("collection"), self._fields)
+        self._answer("rows", panel_data.seen(values), self._rows)
+        self._forecast(checked)
+        self._answer("shape", panel_data.shaped(values), self._shape)
+        self._forecast(checked)
+
+    def _answer(self, part: str, question: Any, find: Callable[[Any], Any]) -> None:
+        """Finds a part anew when what it depends on has changed, and nothing newer waits."""
+        with self._lock:
+            if self._known.get(part, (None,))[0] == question or self._consider in self._todo:
+                return
+        try:
+            answer = find(question)
+        except LlmnbError as error:
+            answer = None
+            self._tell(part, trouble=_words(error))
+        with self._lock:
+            self._known[part] = question, answer
+
+    def _fields(self, collection: str | None) -> None:
+        found = panel_data.fields(self._database.store, collection) if collection else []
+        self._tell("fields", fields=found)
+
+    def _rows(self, question: Mapping[str, Any]) -> Any:
+        described = panel_data.described(question) if question.get("collection") else None
+        if described is None:
+            self._tell("rows", waits="Choose a model and a collection to see rows as the model will.")
+            return None
+        spec, config = described
+        self._tell("rows", waits="Reading rows …")
+        documents, found = panel_data.sample(self._database.store, config)
+        if not documents:
+            self._tell("rows", trouble="No document matches: change the collection or the filter.")
+            return None
+        answer = {**self._session.previews().rows(spec, config, documents), "all": found}
+        self._tell("rows", **answer)
+        return answer
+
+    def _shape(self, question: Mapping[str, Any]) -> Any:
+        described = panel_data.described(question)
+        return self._session.previews().shape(*described) if described else None
+
+    def _forecast(self, checked: panel_data.Checked) -> None:
+        if checked.plan is None:
+            self._tell("outlook", words="")
+            return
+        rows, shape = (self._known.get(part, (None, None))[1] for part in ("rows", "shape"))
+        config = checked.plan.parcel.config
+        self._tell("outlook", words=panel_data.outlook(config, rows["all"] if rows else 0, rows, shape))
+
+    def _load(self, run: str) -> None:
+        values, left = panel_data.loaded(self._database.store, run)
+        with self._lock:
+            self._values = self._session.typed = values
+        said = f"Settings of {run}." + (f" Not among them, for Python only: {', '.join(left)}." if left else "")
+        self._tell("values", values=values, said=said)
+        self._consider()
+
+    # -- starting --------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        try:
+            run = self._begin()
+        except LlmnbError as error:
+            with self._lock:
+                self._phase = "editing"
+            if isinstance(error, ConfigError):
+                at, rest = form.by_row(error.faults)
+                self._tell("checked", faults=at, rest=rest)
+            self._tell("phase", phase="editing", trouble="" if isinstance(error, ConfigError) else _words(error))
+            return
+        self._session.close_previews()
+        self._watch(run)
+
+    def _begin(self) -> Any:
+        checked = self._check()
+        if checked.plan is None:
+            raise LlmnbError("The settings have faults.", todo="each is shown on its row")
+        return self._database.apply(checked.plan.llm, wait=False)
+
+    def _watch(self, run: Any) -> None:
+        """The same place becomes the run's view."""
+        from .live import LiveView
+
+        view = LiveView(run.id)
+        self._session.poller().watch(run, view, self._database.store.runs.find_lost)
+        view.take_over(self._live, self._kept)
+        with self._lock:
+            self._phase = "running"
+        self._tell("live", model=view.widget.model_id, run=run.id)
+
+    def _keepsake(self, checked: Mapping[str, Any]) -> dict[str, str]:
+        """What a saved notebook shows of the panel without a kernel: the line that does the same."""
+        text = str(checked.get("magic") or "The training panel: run this cell to open it.")
+        return {"text/plain": text, "text/html": f'<div class="llmnb-kept"><pre>{html.escape(text)}</pre></div>'}
+
+
+def _words(error: LlmnbError) -> str:
+    """An error in one or two sentences."""
+    seen = f" ({short(error.seen, 120)})" if error.seen else ""
+    what = error.what.rstrip(".") + seen + "."
+    return f"{what} To do: {error.todo}." if error.todo else what

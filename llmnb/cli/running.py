@@ -25,7 +25,9 @@ def runs(known: argparse.Namespace) -> int:
     store.runs.find_lost()
     rows = []
     for record in store.runs.list(limit=known.limit, **({"state": known.state} if known.state else {})):
-        error = (record.get("error") or {}).get("what") or ""
+        note = (record.get("error") or {}).get("what") or ""
+        if record["state"] == "queued" and record.get("waits_for"):
+            note = f"waits for {', '.join(record['waits_for'])}"
         rows.append(
             (
                 record["_id"],
@@ -34,13 +36,13 @@ def runs(known: argparse.Namespace) -> int:
                 record["state"],
                 paper.local_time(record.get("started") or record.get("created")),
                 _took(record),
-                paper.one_line(error, 60) if error else "",
+                paper.one_line(note, 60) if note else "",
             )
         )
     if not rows:
         print(f"No run is {known.state}." if known.state else "No run yet. llmnb quickstart makes one.")
         return 0
-    paper.table(("run", "model", "version", "state", "started", "took", "error"), rows)
+    paper.table(("run", "model", "version", "state", "started", "took", "note"), rows)
     return 0
 
 

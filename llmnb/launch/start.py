@@ -202,3 +202,4 @@ def _to_our_runner(job: TrainJob, store: Store, home: Path) -> None:
     waits_for = runner.submit(job, home)
     if waits_for:
         store.runs.update(job.run, waits_for=waits_for)
+        print(f"llmnb: run {job.run} waits for {', '.join(waits_for)}", file=sys.stderr)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 __all__ = ["EXTRAS", "MODULES", "reseed", "touched_gpu", "warm"]
 
@@ -34,13 +36,41 @@ EXTRAS = ("deepspeed",)
 
 def warm(names: Iterable[str] = MODULES) -> None:
     """Imports what is there of ``names``, and makes the tables that a process makes once."""
-    for name in names:
-        with contextlib.suppress(Exception):  # a run says itself what it misses
-            importlib.import_module(name)
+    with _no_cuda_context():
+        for name in names:
+            with contextlib.suppress(Exception):  # a run says itself what it misses
+                importlib.import_module(name)
     with contextlib.suppress(Exception):  # not our function; a run makes the table when it is not there
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
         get_checkpoint_conversion_mapping("llama")
+
+
+@contextlib.contextmanager
+def _no_cuda_context() -> Iterator[None]:
+    """What GPUs can do is asked of the driver's tool meanwhile.
+
+    bitsandbytes asks torch for it when it is imported, and torch makes a CUDA context to answer.
+    """
+    try:
+        import torch
+    except ImportError:
+        yield
+        return
+    asked = torch.cuda.get_device_capability
+    torch.cuda.get_device_capability = _capability
+    try:
+        yield
+    finally:
+        torch.cuda.get_device_capability = asked
+
+
+def _capability(device: Any = None) -> tuple[int, int]:
+    """(major, minor) of a GPU, as ``torch.cuda.get_device_capability`` has it."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
+    major, _, minor = said[getattr(device, "idx", device) or 0].partition(".")
+    return int(major), int(minor)
 
 
 def touched_gpu() -> bool:

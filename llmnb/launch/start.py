@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import ModelSpec, TrainConfig
-from ..errors import LaunchError
+from ..errors import LaunchError, NotFound
 from ..events import Event
 from ..job import TrainJob
 from . import machine, rayconfigs, remote, runner
@@ -196,10 +196,18 @@ def _submit(job: TrainJob, store: Store) -> None:
         raise
 
 
+def _is_over(store: Store, run: str) -> bool:
+    try:
+        return store.runs.get(run)["state"] in FINAL
+    except NotFound:  # a run of another database waits for its turn at the same runner
+        return False
+
+
 def _to_our_runner(job: TrainJob, store: Store, home: Path) -> None:
     place = {"host": socket.gethostname(), "home": str(home), "since": time.time()}
     store.runs.update(job.run, runner=place, ray_address=None, workdir=job.workdir)
-    waits_for = runner.submit(job, home)
+    # A process ends a moment after its run: nobody waits for a run that is over.
+    waits_for = [run for run in runner.submit(job, home) if not _is_over(store, run)]
     if waits_for:
         store.runs.update(job.run, waits_for=waits_for)
         print(f"llmnb: run {job.run} waits for {', '.join(waits_for)}", file=sys.stderr)

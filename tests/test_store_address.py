@@ -187,3 +187,18 @@ def test_artifacts_of_the_environment_do_not_overrule_the_database(tmp_path, mon
 def test_the_package_loads_no_driver_until_it_is_used():
     code = "import sys, llmnb.store; print([m for m in ('pymongo', 'bson', 'fsspec', 'mongomock') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("code", [211, 91, 11600, 13436, 10107])
+def test_a_server_that_starts_or_ends_is_away_and_no_query_is_at_fault(code):
+    """After kill -9 and a start, mongod answers 211 for a moment: a worker has to wait, not to fail."""
+    from pymongo.errors import OperationFailure
+
+    from llmnb.errors import DatabaseError, QueryError
+    from llmnb.store.tables import translated
+
+    with pytest.raises(DatabaseError) as caught, translated("mongodb://host/"):
+        raise OperationFailure("No keys found for HMAC that is valid for time", code)
+    assert not isinstance(caught.value, QueryError)
+    with pytest.raises(QueryError), translated("mongodb://host/"):
+        raise OperationFailure("unknown operator: $foo", 2)

@@ -23,6 +23,9 @@ __all__ = ["Duplicate", "Table", "no_space", "plain", "translated"]
 _AUTHENTICATION = {11, 18, 8000}
 _UNAUTHORIZED = {13}
 _READ_ONLY = {10107, 13435, 10058, 189}
+# A server that starts, ends or changes its part: the same question is answered a moment later. From the drivers'
+# specification of retryable errors, and 211 (no key to sign the cluster's time with yet), seen after kill -9 and a start.
+_PASSING = {6, 7, 89, 91, 134, 211, 262, 9001, 11600, 11602, 13436}
 _DISK_FULL = 14031
 
 
@@ -115,6 +118,8 @@ def _refused(fault: Mapping[str, Any], where: str) -> DatabaseError | QueryError
         )
     if code in _READ_ONLY:
         return DatabaseError("The database does not take writes now.", seen=f"{where}: {text}")
+    if code in _PASSING:
+        return DatabaseError("The database is starting or ending; it answers in a moment.", seen=f"{where}: {text}")
     if code == _DISK_FULL or "no space left" in text.lower():
         return DatabaseError(
             "There is no space left on the database's disk.", seen=f"{where}: {text}", todo="free space there"

@@ -43,6 +43,8 @@ class Option:
 
 _ENUM_FILES = {"training_args.py", "trainer_utils.py", "debug_utils.py"}
 _PLAIN = {"bool", "int", "float", "str", "dict", "list", "None"}
+# A switch, declared as text so that its older words are still read on a command line.
+_SWITCHES = {"fsdp"}
 # The Trainer's own business: a run has its own folder, its own database, its own processes.
 _OURS = frozenset(
     {
@@ -98,7 +100,7 @@ def _enum_values(node: ast.ClassDef) -> tuple[str, ...]:
 
 
 def _read_field(name: str, node: ast.AnnAssign, enums: Mapping[str, tuple[str, ...]]) -> Option:
-    types: set[str] = set()
+    types: set[str] = {"bool"} if name in _SWITCHES else set()
     choices: list[str] = []
 
     def walk(part: ast.expr) -> None:

@@ -230,6 +230,9 @@ def _start_deepspeed(cuda: bool) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    from . import building
+
+    building.prepare(deepspeed, cuda)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
 

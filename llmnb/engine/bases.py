@@ -142,9 +142,19 @@ def load_base(
             seen=error,
             todo="model_kwargs go to from_pretrained",
         ) from error
+    if training:
+        _keep_four_bits(model)
     if not training and "device_map" not in kwargs and torch.cuda.is_available():
         model.to(_device())
     return model, tokenizer
+
+
+def _keep_four_bits(model: Any) -> None:
+    """An evaluation must not change what is trained after it: on CPUs with AVX512-BF16, bitsandbytes would repack
+    4-bit weights at the first one, and compute in bfloat16 from there on."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_tokenizer(spec: ModelSpec, folder: str | Path | None = None) -> Any:

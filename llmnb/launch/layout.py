@@ -5,16 +5,15 @@ Pure functions of the settings. Neither Ray nor torch is loaded: a ``ScalingConf
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from ..config import TrainConfig, thaw
+from ..config import TrainConfig
 from ..errors import ConfigError, Fault, MissingPackage, near
 from ..job import TrainJob
+from .sharing import faults_of
 
 __all__ = ["SLOT", "Layout", "plan", "spread"]
 
@@ -39,7 +38,11 @@ class Layout:
 
 def spread(job: TrainJob) -> bool:
     """True when the run's training happens in processes of its own, started by ``TorchTrainer``."""
-    return job.workers > 1 or job.config.deepspeed is not None or bool(job.ray_configs)
+    return _on_ray(job.config, job.workers, job.ray_configs)
+
+
+def _on_ray(config: TrainConfig, workers: int, ray_configs: Mapping[str, Any]) -> bool:
+    return workers > 1 or config.deepspeed is not None or bool(ray_configs)
 
 
 def plan(
@@ -61,12 +64,11 @@ def plan(
     faults = [*_name_faults(ray_configs)]
     workers, more = _workers(config, ray_configs, gpus, background)
     faults += more
-    on_ray = workers > 1 or config.deepspeed is not None or bool(ray_configs)
+    on_ray = _on_ray(config, workers, ray_configs)
     if on_ray and not background:
         asked = "deepspeed" if config.deepspeed is not None else "ray_configs" if ray_configs else "num_gpus"
         faults.append(Fault("on_ray", f"is False, and {asked} needs Ray", "leave on_ray out"))
-    if config.deepspeed is not None:
-        faults += _deepspeed_faults(config.deepspeed, bits, gpus)
+    faults += faults_of(config, bits=bits, gpus=gpus, workers=workers)
     if faults:
         raise ConfigError(faults)
     if config.deepspeed is not None and gpus is not None and find_spec("deepspeed") is None:
@@ -110,36 +112,3 @@ def _workers(
     if gpus and on_gpus and asked > gpus:
         faults.append(Fault("num_gpus", f"{asked} GPUs are asked for, and this machine has {gpus}"))
     return asked, faults
-
-
-def _deepspeed_faults(given: Any, bits: int | None, gpus: int | None) -> list[Fault]:
-    settings, fault = _settings(given)
-    if fault is not None:
-        return [fault]
-    faults = []
-    zero = settings.get("zero_optimization") or {}
-    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else zero
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        faults.append(Fault("deepspeed", f"zero_optimization.stage is {stage!r}", "0, 1, 2 or 3"))
-    elif stage == 3 and bits is not None:
-        what = f"ZeRO stage 3 takes weights apart, and {bits}-bit weights cannot be"
-        faults.append(Fault("deepspeed", what, "stage 2, which works with bits; or bits=None"))
-    if gpus == 0:
-        for name in ("fp16", "bf16"):
-            part = settings.get(name) or {}
-            if isinstance(part, Mapping) and part.get("enabled") is True:
-                faults.append(Fault("deepspeed", f"{name} is on, and this machine has no GPU", f"{name}: 'auto'"))
-    return faults
-
-
-def _settings(given: Any) -> tuple[Mapping[str, Any], Fault | None]:
-    """A DeepSpeed configuration as a dict; a path is read."""
-    if isinstance(given, Mapping):
-        return thaw(given), None
-    try:
-        found = json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return {}, Fault("deepspeed", f"{given} cannot be read: {error}", "a dict, or the path of a JSON file")
-    if not isinstance(found, Mapping):
-        return {}, Fault("deepspeed", f"{given} holds no object", "a dict, or the path of a JSON file")
-    return found, None

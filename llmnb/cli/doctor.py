@@ -84,6 +84,7 @@ def examine(uri: str | None = None, home: str | None = None, *, offline: bool = 
         _ray,
         _mongod,
         lambda: _database(uri, home),
+        lambda: _runner(home),
         lambda: _hub(offline),
         _notebook,
     ]
@@ -307,6 +308,21 @@ def _database(uri: str | None, home: str | None) -> Finding:
     except LlmnbError as error:
         seen = error.what + (f" ({error.seen})" if error.seen else "")
         return Finding("database", "fault", seen, error.todo or "check the address", needed=True)
+
+
+def _runner(home: str | None) -> Finding:
+    from ..errors import LlmnbError
+
+    try:
+        from ..launch import runner
+
+        found = runner.status(_home(home))
+    except (ImportError, LlmnbError) as error:
+        return Finding("runner", "fault", str(error), "background runs need it")
+    if found is None:
+        return Finding("runner", "ok", f"none runs in {_home(home)}; the first background run starts one")
+    going, waiting = len(found["running"]), len(found["waiting"])
+    return Finding("runner", "ok", f"process {found['keeper']}, {going} runs go on, {waiting} wait")
 
 
 def _hub(offline: bool) -> Finding:

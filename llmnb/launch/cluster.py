@@ -86,7 +86,7 @@ def ensure(home: str | Path) -> Cluster:
         LaunchError: it does not start; the end of its log is shown.
     """
     if find_spec("ray") is None:
-        raise MissingPackage("ray", "ray", "Training in the background")
+        raise MissingPackage("ray", "ray", "Training on several workers")
     home = _folder(home)
     with _locked(home):
         found = _find(home)

@@ -114,6 +114,7 @@ def test_each_kind_of_address_reaches_the_cluster(kind, foreign, db, tmp_path, m
     assert [c.step for c in run.checkpoints()] == [2, 4]
     assert db.load("model", "sums").checkpoint.step == 4
     assert not (tmp_path / "out").exists()  # nothing is written where only the caller's machine has a folder
+    wait_for(lambda: not list((foreign.home / ".llmnb" / "runs").iterdir()))  # and nothing stays over there
 
 
 STORED = """
@@ -355,15 +356,20 @@ def test_a_failed_run_without_the_database_says_why(walled, db, tmp_path):
     assert "in broken" in run.error["traceback"] and run.state == "failed"
 
 
-def test_a_killed_worker_without_the_database_is_lost(walled, db, tmp_path, monkeypatch):
-    run = db.apply(model(tmp_path, walled.url, max_steps=100_000, save_steps=100_000, log_to_db=False), wait=False)
-    wait_for(lambda: run.state == "running")
+def test_a_killed_worker_without_the_database_is_lost_and_its_run_goes_on(walled, db, tmp_path):
+    settings = {"max_steps": 300, "save_steps": 50, "log_to_db": False}
+    run = db.apply(model(tmp_path, walled.url, **settings), wait=False)
+    wait_for(lambda: run.checkpoints())
     owner = open_folder(run.record["away"]).runs.get(run.id)["owner"]
     psutil.Process(owner["pid"]).kill()
     with pytest.raises(RunError, match="gone without a word"):
         run.wait(60)
-    assert run.state == "lost" and states(run)[-1] == "lost"
-    assert [event.seq for event in run.events()] == list(range(1, len(run.events()) + 1))
+    assert run.state == "lost"
+
+    assert run.resume(wait=False).wait(90).state == "done"
+    assert_all_is_home(db, run, 300, list(range(50, 301, 50)))
+    assert run.record["attempt"] == 2
+    assert len([event for event in run.events() if event.kind == "checkpoint"]) == 6
 
 
 def test_a_cluster_elsewhere_needs_a_database_or_a_folder_that_it_reaches(db, tmp_path, monkeypatch):

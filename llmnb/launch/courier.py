@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, DatabaseError, InUse, NotFound
-from ..events import StateChanged
 from . import away
 from .heart import patiently
 from .jobs import at
@@ -110,7 +109,7 @@ class Courier:
                 self.home.models.point(model, version, pointed)
 
     def _bring_state(self, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-        told = {k: theirs.get(k) for k in ("counts", "error", "reason", "workdir", "rank0") if theirs.get(k)}
+        told = {k: theirs.get(k) for k in ("counts", "error", "reason", "rank0") if theirs.get(k)}
         if theirs["state"] != ours["state"]:
             attempt = ours.get("attempt", 1)
             self.home.runs.transition(self.run, _ALIVE, theirs["state"], attempt=attempt, **told)
@@ -132,6 +131,8 @@ class Courier:
         if ours["state"] not in _ALIVE:
             return True
         why = why_it_ended(at(ours["ray_address"]), ours["job"])
+        if self.there.runs.get(self.run)["state"] != theirs["state"]:  # it spoke meanwhile
+            return False
         if theirs["state"] == "queued":
             if why is not None:
                 self._end(ours, "failed", why)
@@ -145,10 +146,8 @@ class Courier:
         return True
 
     def _end(self, ours: dict[str, Any], state: str, error: dict[str, Any]) -> None:
-        attempt = ours.get("attempt", 1)
-        if self.home.runs.transition(self.run, _ALIVE, state, attempt=attempt, error=error):
-            seq = self.home.events.last_seq(self.run) + 1
-            self.home.events.append(self.run, [StateChanged(state=state, reason=error["what"], seq=seq)], attempt)
+        # No event is said of it: the next number may be taken, in a spool that the worker left on its machine.
+        self.home.runs.transition(self.run, _ALIVE, state, attempt=ours.get("attempt", 1), error=error)
 
 
 def main(arguments: list[str] | None = None) -> int:

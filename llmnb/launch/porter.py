@@ -10,10 +10,14 @@ import importlib
 import importlib.util
 import json
 import pickle
+import shutil
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmnb.job import TrainJob
 
 __all__ = ["SAYS", "main", "missing"]
 
@@ -28,16 +32,20 @@ def main() -> int:
     path = here / "note.json"
     note = json.loads(path.read_text(encoding="utf-8"))
     path.unlink()  # it names the database
-    fault = missing(note) or _unready(here / "job.pickle")
+    path = here / "job.pickle"
+    fault = missing(note) or _unready(path)
     cleaner = threading.Thread(target=_forget, args=(note["package"],), daemon=True)
     cleaner.start()
     if fault is None:
         from llmnb.launch.worker import main as work
 
-        code = work([str(here / "job.pickle")])
+        job = _read(path)
+        code = work([str(path)])
+        if code == 0:
+            _tidy(job)
         cleaner.join(15.0)
         return code
-    for left in (here / "job.pickle", here / "job.env"):
+    for left in (path, here / "job.env"):
         left.unlink(missing_ok=True)
     print(SAYS + json.dumps(fault), flush=True)
     _record(note, fault)
@@ -70,17 +78,22 @@ def missing(note: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
+def _read(path: Path) -> TrainJob:
+    from llmnb.job import TrainJob
+
+    return TrainJob.read(path)
+
+
 def _unready(path: Path) -> dict[str, Any] | None:
     """The parcel can be opened here, and the database be reached; else why not."""
     from llmnb.errors import DatabaseError
-    from llmnb.job import TrainJob
     from llmnb.launch.away import open_for
     from llmnb.launch.heart import patiently
     from llmnb.launch.parcel import take_environment
 
     take_environment(path)
     try:
-        job = TrainJob.read(path)
+        job = _read(path)
     except ModuleNotFoundError as error:
         return _fault(
             "The cluster lacks a package that this run needs.",
@@ -98,6 +111,27 @@ def _unready(path: Path) -> dict[str, Any] | None:
             "give connect() an address that the cluster reaches; or log_to_db=False, which needs none",
         )
     return None
+
+
+def _tidy(job: TrainJob) -> None:
+    """Nothing stays on somebody else's machine once everything that the run said is stored."""
+    from llmnb.errors import LlmnbError, NotFound
+    from llmnb.launch.away import open_for
+    from llmnb.launch.spool import read
+    from llmnb.launch.worker import own_folder
+
+    folder = own_folder(job.workdir, job.run)
+    said = read(folder / "events.jsonl")
+    try:
+        with open_for(job) as store:
+            store.runs.get(job.run)
+            stored = store.events.last_seq(job.run)
+    except NotFound:  # the courier has brought all of it home
+        stored = said[-1].seq if said else 0
+    except LlmnbError:
+        return
+    if not said or stored >= said[-1].seq:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fault(what: str, seen: str, todo: str) -> dict[str, Any]:

@@ -317,8 +317,9 @@ class Run:
         self._store.runs.find_lost()
         record = self.record
         state = record["state"]
-        if record.get("away"):
+        if record.get("away"):  # only its courier knows how it is
             away.ensure_courier(self._store, self.id)
+            return self.state
         if state in FINAL:
             return str(state)
         if state == "queued":

@@ -24,7 +24,7 @@ _AUTHENTICATION = {11, 18, 8000}
 _UNAUTHORIZED = {13}
 _READ_ONLY = {10107, 13435, 10058, 189}
 # A server that starts, ends or changes its part: the same question is answered a moment later. From the drivers'
-# specification of retryable errors, and 211 (no key to sign the cluster's time with yet), seen after kill -9 and a start.
+# specification of retryable errors; and 211 (no key to sign the cluster's time with yet), seen after kill -9.
 _PASSING = {6, 7, 89, 91, 134, 211, 262, 9001, 11600, 11602, 13436}
 _DISK_FULL = 14031
 

@@ -27,7 +27,8 @@ def carry_out(tasks: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, 
     """Trains each task; name → ``{"error", "losses", "evals", "norms", "saved", "last_step"}`` as rank 0 saw it.
 
     Args:
-        tasks: ``name``, ``ranks`` (2 unless told otherwise) and arguments of ``drill.train``.
+        tasks: ``name``, ``ranks`` (2 unless told otherwise) and arguments of ``drill.train``. With ``apart`` the
+            ranks are as on two machines: each has a folder of its own, and is the first of its machine.
         folder: each task's own folder is ``folder/name``.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,8 +88,9 @@ def _rank(task: dict[str, Any], folder: Path, name: str, rank: int, ranks: int, 
         faulthandler.dump_traceback_later(LIMIT_S - 5)  # where a rank waits for the other for ever
         if ranks > 1:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(ranks))
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
-        result = _train(task, folder / name)
+            local = 0 if task.get("apart") else rank
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), LOCAL_WORLD_SIZE=str(1 if local < rank else ranks))
+        result = _train(task, folder / name / f"rank{rank}" if task.pop("apart", False) else folder / name)
         if rank == 0:
             (folder / f"{name}.json").write_text(json.dumps(result))
         code = 0

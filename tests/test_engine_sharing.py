@@ -35,6 +35,7 @@ BITS = [(way, kind) for way in ("DDP", "ZeRO-2", "FSDP") for kind in ("8-bit", "
 BITS.remove(("FSDP", "8-bit"))
 CASES = [(way, kind) for kind in WHOLE for way in WAYS] + BITS
 RESUMED = [(way, kind) for way in ("ZeRO-2", "ZeRO-3", "FSDP") for kind in WHOLE] + [("DDP", "LoRA"), ("FSDP", "4-bit")]
+APART = ("ZeRO-2", "FSDP")
 STEPS, HALF = 10, 5
 
 
@@ -75,6 +76,12 @@ def found(tmp_path_factory):
     for way, kind in RESUMED:
         half = str(folder / f"{way} {kind}" / "checkpoints" / f"checkpoint-{HALF}")
         wanted[f"{way} again", kind] = {**wanted[way, kind], "name": f"{way} {kind} again", "resume": half}
+    for way in APART:  # as on two machines that share no folder; it goes on from what rank 0's machine has
+        name, best = f"{way} apart", {"load_best_model_at_end": True, "save_total_limit": 1}
+        half = str(folder / name / "rank0" / "checkpoints" / f"checkpoint-{STEPS}")
+        more = {"max_steps": STEPS + 2, "resume": half, "save_steps": STEPS + 2, "eval_steps": STEPS + 2}
+        wanted[name, "LoRA"] = {**wanted[way, "LoRA"], "name": name, "apart": True, **best}
+        wanted[f"{name} again", "LoRA"] = {**wanted[way, "LoRA"], "name": f"{name} again", "apart": True, **more}
     said = carry_out([{**one, "base": base} for one in wanted.values()], folder)
     return {case: said[one["name"]] for case, one in wanted.items()}
 
@@ -120,6 +127,18 @@ def test_a_run_on_two_ranks_goes_on_where_it_was(found, way, kind):
     assert max(abs(rest["losses"][step] - whole["losses"][step]) for step in rest["losses"]) < 1e-6
     last, again = weights(Path(whole["saved"][-1])), weights(Path(rest["saved"][-1]))
     assert all(torch.allclose(again[name], tensor, atol=1e-6) for name, tensor in last.items())
+
+
+@pytest.mark.parametrize("way", APART)
+def test_ranks_that_share_no_folder(found, way):
+    """Rank 0's folder holds what every rank wrote, the other's nothing; and a run goes on from it."""
+    apart, again = found[f"{way} apart", "LoRA"], found[f"{way} apart again", "LoRA"]
+    assert apart["error"] is None, apart["error"]
+    saved, together = Path(apart["saved"][-1]), Path(found[way, "LoRA"]["saved"][-1])
+    assert {p.relative_to(saved) for p in saved.rglob("*")} == {p.relative_to(together) for p in together.rglob("*")}
+    assert list((saved.parents[2] / "rank1" / "checkpoints").iterdir()) == []
+    assert again["error"] is None, again["error"]
+    assert list(again["losses"]) == [str(STEPS + 1), str(STEPS + 2)]
 
 
 def test_fsdp_shares_the_model_out_and_ddp_does_not(found):

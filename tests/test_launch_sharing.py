@@ -74,7 +74,7 @@ def test_offloading_needs_a_compiler(monkeypatch, stage):
     offload = zero(stage, offload_optimizer=CPU)
     assert planned(TrainConfig(num_gpus=2, deepspeed=offload)).on_ray
     monkeypatch.setattr(sharing.shutil, "which", lambda name: None)
-    with pytest.raises(ConfigError, match="compiler.*zero_force_ds_cpu_optimizer: false"):
+    with pytest.raises(ConfigError, match=r"compiler.*zero_force_ds_cpu_optimizer: false"):
         planned(TrainConfig(num_gpus=2, deepspeed=offload))
     assert planned(TrainConfig(num_gpus=2, deepspeed=offload), gpus=None).on_ray  # another machine may have one
     assert planned(TrainConfig(num_gpus=2, deepspeed={**offload, "zero_force_ds_cpu_optimizer": False})).on_ray

@@ -24,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 from ..events import Metric
 from . import attention, faults, manifest
 from .bases import quiet
+from .gathering import bring_together
 from .hooks import Hooks
 from .losses import HeadLoss, TokenLoss
 from .memory import memory_in_use
@@ -95,6 +96,7 @@ class Loop(Trainer):
         self.best: tuple[float, int] | None = (best["value"], best["step"]) if best else None
         self.patience = dict(resumed.get("patience") or {})
         self.saved_step: int | None = None
+        self.apart = False  # ranks on machines that share no folder
         self.ending = False  # the last on_epoch_end was called
         self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_before = int(resumed.get("tokens", 0))
@@ -298,6 +300,8 @@ class Loop(Trainer):
         tokens, open_loss = self.tokens(), self._window_loss()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
+        if self.args.world_size > 1:
+            self.apart = bring_together(folder, self.args.device)
         self.saved_step = step
         if self.is_world_process_zero():
             card = {**self.card, "step": step, "tokens": tokens, "patience": self.patience}
@@ -308,6 +312,10 @@ class Loop(Trainer):
             manifest.write(folder, card)
             self.hooks.checkpoint(folder, step, metrics, self.card["kind"], self.card["base_fingerprint"], best)
         self._away += time.perf_counter() - start
+
+    def _load_best_model(self) -> None:
+        if not self.apart:  # only rank 0 could read it, and the ranks would load together
+            super()._load_best_model()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -560,6 +560,26 @@ def test_trap21_resume_on_two_ranks(tmp_path):
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
+def test_trap21_a_log_window_that_a_checkpoint_cut_is_whole_again(tmp_path):
+    """The loss of step 8 is the mean of steps 5 to 8; the checkpoint lies after step 6."""
+    options = {"max_steps": 8, "save_strategy": "steps", "logging_steps": 4, "logging_first_step": False}
+    whole = train(tmp_path / "whole", save_steps=3, **options)
+    rest = train(tmp_path / "rest", save_steps=3, resume=whole.saved[1]["folder"], **options)
+    assert rest.losses() == {8: whole.losses()[8]} and whole.saved[1]["step"] == 6
+
+
+def test_a_longer_plan_has_the_learning_rates_that_it_would_have_had(tmp_path):
+    options = {"save_strategy": "steps", "lr_scheduler_type": "linear"}
+    short = train(tmp_path / "short", max_steps=4, save_steps=4, **options)
+    planned = train(tmp_path / "planned", max_steps=8, save_steps=8, **options)
+    longer = train(tmp_path / "longer", max_steps=8, save_steps=3, resume=short.last, **options)
+    rates = {step: rate for step, rate in planned.series("learning_rate").items() if step > 4}
+    assert longer.series("learning_rate") == rates and len(rates) == 4
+    assert [saved["step"] for saved in longer.saved] == [6, 8], "and the steps between saves are those of today"
+    nothing = train(tmp_path / "nothing", max_steps=4, save_steps=4, resume=short.last, **options)
+    assert (nothing.result.steps, nothing.result.last_step, nothing.losses(), nothing.saved) == (0, 4, {}, [])
+
+
 def test_resume_needs_its_state_and_its_base(tmp_path):
     run = train(tmp_path / "a", save_only_model=False)
     with pytest.raises(AdapterMismatch, match="another base"):

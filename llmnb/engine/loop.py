@@ -121,6 +121,7 @@ class Loop(Trainer):
             rates = [rate * f(scheduler.last_epoch) for rate, f in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
             for group, rate in zip(scheduler.optimizer.param_groups, rates):
                 group["lr"] = rate
+            scheduler._last_lr = rates  # what is told of the next step
         if self._open:
             self._tr_loss += self._open["loss"]
             self._globalstep_last_logged = self._open["since"]

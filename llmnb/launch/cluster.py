@@ -105,6 +105,11 @@ def enter(home: str | Path) -> Cluster:
     return found
 
 
+def before_ray(home: str | Path) -> None:
+    """Sets what Ray reads while it is imported, in a process that may ``enter`` later: a parcel may import Ray."""
+    os.environ.update(_speaking(Path(home) / "ray-token"))
+
+
 def status(home: str | Path) -> Cluster | None:
     """The running cluster of ``home``, or None."""
     return _find(Path(home).expanduser().absolute())

@@ -22,6 +22,7 @@ import psutil
 from ..errors import ArtifactError, DatabaseError, LaunchError, RunError
 from ..events import StateChanged
 from ..job import TrainJob
+from . import cluster
 from .away import open_for
 from .heart import patiently
 from .layout import spread
@@ -238,6 +239,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     path = Path((arguments or sys.argv[1:])[0])
     take_environment(path)
+    home = os.environ.get("LLMNB_HOME")
+    if home and "RAY_ADDRESS" not in os.environ:  # else this is a job on a cluster, which set its own
+        cluster.before_ray(home)
     job = TrainJob.read(path)
     path.unlink(missing_ok=True)  # it holds the database's password, and was for one reader
     # On a cluster that is not ours Ray keeps what is printed, in a file, and gives it to who asks from elsewhere.

@@ -168,7 +168,8 @@ class Runs:
         """
         if "config" in fields:
             fields["config"] = _json(fields["config"])
-        cleared = dict.fromkeys(("error", "reason", "ended", "control", "owner", "heartbeat", "job", "rank0"))
+        worker = ("owner", "heartbeat", "rank0", "job", "runner", "waits_for", "ray_address", "away")
+        cleared = dict.fromkeys(("error", "reason", "ended", "control", *worker))
         change = {**cleared, **plain(fields), "state": "queued", "attempt": attempt + 1}
         wanted = {**_only(id, attempt), "state": {"$in": sorted(FINAL)}}
         found = self._table.change(wanted, {"$set": change})

@@ -15,7 +15,7 @@ pytest.importorskip("anywidget")
 
 import llmnb.notebook.panel as panel
 from llmnb import Collection, connect, form
-from llmnb.errors import ConfigError, Fault, LaunchError, NotFound
+from llmnb.errors import ConfigError, DatabaseError, Fault, LaunchError, NotFound
 from llmnb.events import StateChanged
 from llmnb.launch.run import Run
 from llmnb.notebook import panel_data
@@ -134,9 +134,12 @@ def test_a_page_that_is_ready_gets_all_and_again_after_a_reload(opened, page):
     assert [row["name"] for row in told["told"]["form"]["rows"]] == [row.name for row in form.rows()]
     assert page.told("names")["collections"] == [("docs", 200)]
     types(opened, lora_r="32")
+    assert told["said"].startswith("LoRA: The usual choice")
+    hears(opened, "edit", values=opened._values, said="Full: why", tab="LoRA", done=True)
     hears(opened, "ready")
     again = page.told("all")
     assert again["values"]["lora_r"] == "32" and again["phase"] == "editing"
+    assert (again["said"], again["tab"]) == ("Full: why", "LoRA")
     assert again["told"]["checked"] == page.told("checked") and again["told"]["outlook"] == page.told("outlook")
     json.dumps(again)
 
@@ -181,6 +184,11 @@ def test_the_sentence_under_the_form(opened, page):
     assert said == "LoRA r 16 · 4.7 M trained of 331 M · 100 steps · 20 000 tokens · a few seconds and 2.1 GB of 16 GB"
     types(opened, max_steps="x")
     assert page.told("outlook")["words"] == ""
+
+
+def test_a_training_that_needs_more_memory_than_there_is(opened, page):
+    types(opened, per_device_train_batch_size="512")
+    assert "more than there is: QLoRA" in page.told("outlook")["words"]
 
 
 def test_a_preview_that_fails_says_why_and_the_form_goes_on(opened, page, session):
@@ -326,6 +334,21 @@ def test_settings_of_a_past_run_fill_the_form(opened, page, db):
     assert run in told["said"] and page.told("checked")["faults"] == {}
     hears(opened, "load", run="gone")
     assert "no run 'gone'" in page.told("trouble")["words"]
+
+
+def test_a_database_that_goes_away_and_comes_back(opened, page, db, monkeypatch):
+    def away(*_, **__):
+        raise DatabaseError("The database does not answer.")
+
+    with monkeypatch.context() as gone:
+        gone.setattr(db.store, "rows", away)
+        gone.setattr(db.store, "collections", away)
+        hears(opened, "look")
+        assert page.told("trouble")["words"] == "The database does not answer."
+        types(opened, limit="10")
+        assert page.told("rows")["trouble"] == "The database does not answer."
+    types(opened, limit="10", lora_r="4")
+    assert page.told("rows")["all"] == 10 and page.told("trouble") == {"words": ""}
 
 
 def test_fields_offer_pairs_texts_and_chats(db):

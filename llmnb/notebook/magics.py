@@ -121,10 +121,9 @@ class LlmMagics(Magics):
     @_open
     @bordered
     def llm_train(self, known: Any, rest: list[str], _cell: str | None) -> Any:
-        """Fine-tunes a model on a collection. Returns the run: run = %llm_train … --start
+        """Fine-tunes a model on a collection; alone, it opens the training panel. Returns the run that it starts.
 
-        Alone, %llm_train opens the training panel: every setting with its consequence, rows as the model will see them,
-        and a button that starts.
+        The panel has every setting with its consequence, rows as the model will see them, and a button that starts.
 
         Every option of LLMTrainer, of LLM and of transformers.TrainingArguments is an option here: --key text,
         --learning_rate 2e-4, --lora_r 16, --num_train_epochs 3, … (%llm_train --help names them all).

@@ -17,7 +17,7 @@ import anywidget
 from IPython.display import DisplayHandle, display
 
 from .. import form
-from ..errors import ConfigError, LlmnbError
+from ..errors import ConfigError, DatabaseError, LlmnbError
 from . import panel_data
 from .tables import short
 
@@ -47,6 +47,7 @@ class Panel:
         self.widget = TrainPanel()
         self.widget.on_msg(self._heard)
         self._values: dict[str, Any] = dict(session.typed or panel_data.START)
+        self._said = "" if session.typed else panel_data.WELCOME
         self._tab = form.TABS[0]
         self._phase = "editing"
         self._opened = False
@@ -68,7 +69,7 @@ class Panel:
         kind = message.get("kind") if isinstance(message, dict) else None
         with self._lock:
             if kind == "ready":
-                state = {"values": self._values, "tab": self._tab, "phase": self._phase}
+                state = {"values": self._values, "tab": self._tab, "phase": self._phase, "said": self._said}
                 self.widget.send({"kind": "all", "content": {**state, "told": self._told}})
                 if not self._opened:  # what a person does not wait for comes after what they do
                     self._opened = True
@@ -91,6 +92,7 @@ class Panel:
         known = {row.name for row in form.rows()}
         self._values = {k: v for k, v in dict(message["values"]).items() if k in known and isinstance(v, (str, bool))}
         self._tab = str(message.get("tab") or self._tab)
+        self._said = str(message.get("said") or self._said)
         self._session.typed = self._values
 
     def _tell(self, part: str, /, **content: Any) -> None:
@@ -129,7 +131,7 @@ class Panel:
             for row, known in (("model_name_or_path", found["bases"]), ("collection", found["collections"])):
                 if len(known) == 1 and not self._values.get(row):
                     self._values[row] = known[0][0]
-                    self._tell("values", values=self._values, said="")
+                    self._tell("values", values=self._values)
         self._tell("names", **found)
         self._session.previews().warm()
 
@@ -170,6 +172,8 @@ class Panel:
         except LlmnbError as error:
             answer = None
             self._tell(part, trouble=_words(error))
+            if isinstance(error, DatabaseError):
+                return  # it may come back: the next look asks again
         with self._lock:
             self._known[part] = question, answer
 
@@ -208,8 +212,8 @@ class Panel:
         values, left = panel_data.loaded(self._database.store, run)
         with self._lock:
             self._values = self._session.typed = values
-        said = f"Settings of {run}." + (f" Not among them, for Python only: {', '.join(left)}." if left else "")
-        self._tell("values", values=values, said=said)
+        self._said = f"Settings of {run}." + (f" Not among them, for Python only: {', '.join(left)}." if left else "")
+        self._tell("values", values=values, said=self._said)
         self._consider()
 
     # -- starting --------------------------------------------------------------------------------------------

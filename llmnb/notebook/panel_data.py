@@ -21,7 +21,8 @@ from .tables import local_time
 
 __all__ = ["Checked", "check", "fields", "form_of", "loaded", "names", "outlook", "sample", "seen", "shaped"]
 
-START = {"collection": "", **form.PRESETS[1].values}  # what an untouched form holds
+START = dict(form.PRESETS[1].values)  # what an untouched form holds
+WELCOME = f"{form.PRESETS[1].name}: {form.PRESETS[1].reason}"
 _SAMPLE_ROWS, _SAMPLE_CHARS = 200, 2_000_000
 # What decides how rows look, and which model they are for.
 _SEEN = (
@@ -194,11 +195,14 @@ def outlook(config: TrainConfig, found: int, rows: Mapping[str, Any] | None, sha
     told = form.forecast(config, used, rows, model, shape["pace"] if shape and here else None)
     parts.append(f"{words.number(told.steps)} steps")
     parts.append(f"{_millions(told.tokens)} tokens")
-    last = [words.about(told.seconds)] if told.seconds is not None else []
+    cost = [words.about(told.seconds)] if told.seconds is not None else []
     if told.memory is not None and shape:
-        about = "" if last else "about "
-        last.append(f"{about}{words.size(told.memory)} of {words.size(shape['room'])}")
-    return " · ".join([*parts, " and ".join(last)] if last else parts)
+        about = "" if cost else "about "
+        cost.append(f"{about}{words.size(told.memory)} of {words.size(shape['room'])}")
+    parts += [" and ".join(cost)] if cost else []
+    if told.memory is not None and shape and told.memory > shape["room"]:
+        parts.append("more than there is: QLoRA, a smaller batch or recomputing need less")
+    return " · ".join(parts)
 
 
 def _millions(value: float) -> str:

@@ -233,6 +233,7 @@ class View {
     const id = `llmnb-${ids.next++}`;
     const select = element("select", "llmnb-field llmnb-picker", { id });
     select.append(new Option("choose", ""));
+    select.addEventListener("focus", () => this.model.send({ kind: "look" }));
     select.addEventListener("change", () => {
       if (select.value) choose(select.value);
       select.value = "";
@@ -303,7 +304,9 @@ class View {
     const reason = `llmnb-${ids.next++}`;
     this.start = element("button", "llmnb-start", { "aria-describedby": reason }, "Start training");
     this.start.addEventListener("click", () => this.begin());
-    this.reason = element("span", "llmnb-reason", { id: reason, role: "status" });
+    this.reason = element("button", "llmnb-link llmnb-jump", {});
+    this.reason.addEventListener("click", () => this.jump());
+    const words = element("span", "llmnb-reason", { id: reason, role: "status" }, this.reason);
     this.code = element("pre", "llmnb-code", { tabindex: "0" });
     this.copy = element("button", "llmnb-link", {}, "Copy");
     this.copy.addEventListener("click", () => this.copied());
@@ -313,7 +316,7 @@ class View {
       button.addEventListener("click", () => this.unfold(name));
       return button;
     });
-    const line = element("div", "llmnb-line llmnb-actions", {}, this.start, ...this.openers, this.reason);
+    const line = element("div", "llmnb-line llmnb-actions", {}, this.start, ...this.openers, words);
     return element("div", "llmnb-panel-foot", {}, this.outlook, line, this.box);
   }
 
@@ -345,12 +348,16 @@ class View {
     for (const { values: others } of this.shared.told.form.presets) for (const name of Object.keys(others)) delete values[name];
     Object.assign(values, chosen.values);
     this.shared.said = `${chosen.name}: ${chosen.reason}`;
-    this.send({ kind: "edit", done: true });
+    this.send({ kind: "edit", done: true, said: this.shared.said });
     this.shared.draw();
   }
 
   begin() {
     if (this.why() || this.shared.phase !== "editing") return;
+    if (this.el.closest(".jupyter-widgets-disconnected")) {
+      this.shared.trouble = "The kernel of this panel has ended: run its cell again.";
+      return this.shared.draw();
+    }
     this.shared.phase = "starting";
     clearTimeout(this.waiting);
     this.send({ kind: "start" });
@@ -372,6 +379,18 @@ class View {
     await navigator.clipboard.writeText(this.code.textContent);
     say(this.copy, "Copied");
     setTimeout(() => say(this.copy, "Copy"), 1500);
+  }
+
+  // To the first row that keeps training from starting.
+  jump() {
+    const name = this.first();
+    if (!name) return;
+    this.turn(this.rowOf(name).tab);
+    this.lines.get(name).input.focus();
+  }
+
+  first() {
+    return Object.keys((this.shared.told.checked && this.shared.told.checked.faults) || {})[0];
   }
 
   // --- drawing -----------------------------------------------------------------------------------------------
@@ -439,6 +458,8 @@ class View {
     const rows = told.rows && told.rows.trouble && !why ? "The rows cannot be trained on as they are: see Model & data" : "";
     const amiss = trouble || (told.trouble && told.trouble.words) || rows;
     say(this.reason, amiss || why);
+    this.reason.hidden = !this.reason.textContent;
+    this.reason.disabled = Boolean(amiss) || !this.first();
     this.reason.classList.toggle("llmnb-fault", Boolean(amiss) || /^\d+ fault/.test(why));
     const lines = told.checked || {};
     for (const button of this.openers) {
@@ -467,14 +488,14 @@ export default () => {
   shared.draw = () => shared.views.forEach((view) => view.draw());
   const take = ({ kind, content }) => {
     if (kind === "all") {
-      Object.assign(shared, { told: content.told, values: content.values, tab: content.tab, phase: content.phase, heard: content.phase !== "editing" });
+      Object.assign(shared, { told: content.told, values: content.values, tab: content.tab, phase: content.phase, said: content.said, heard: content.phase !== "editing" });
       shared.rows = new Map(content.told.form.rows.map((row) => [row.name, row]));
       if (content.told.live) shared.phase = "running";
     } else if (!shared.told) return;
     else if (kind === "phase") {
       Object.assign(shared, { phase: content.phase, trouble: content.trouble || "", heard: content.phase !== "editing" });
     } else if (kind === "values") {
-      Object.assign(shared, { values: content.values, said: content.said });
+      Object.assign(shared, content);
     } else {
       shared.told[kind] = content;
       if (kind === "live") shared.phase = "running";

@@ -365,6 +365,27 @@ def test_as_many_workers_as_before_or_none(db, engine, tmp_path):
     assert run.record["attempt"] == 1
 
 
+# -- what went wrong is on the record --------------------------------------------------------------------------
+
+
+def test_a_run_whose_loss_became_nan_is_flagged_until_it_goes_on_from_before(db, tmp_path, monkeypatch):
+    text = "At step 2 the loss became NaN or infinite. Likely: the learning rate (9) is too high."
+
+    def train(spec, config, data, hooks, **more):
+        result = fake_engine.train(spec, config, data, hooks, **more)
+        if not more.get("resume"):
+            hooks.say(Note(level="warning", text=text, data={"step": 2, "what": ["loss"], "causes": ["…"]}))
+        return result
+
+    fake = type(sys)("fake")
+    fake.train = train
+    monkeypatch.setitem(sys.modules, "llmnb.engine.training", fake)
+    run = db.apply(model(tmp_path, max_steps=4))
+    assert run.record["warning"] == text and run.state == "done"
+    run.resume(max_steps=5)
+    assert run.record["warning"] is None
+
+
 # -- what was said ---------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ def runs(known: argparse.Namespace) -> int:
     store.runs.find_lost()
     rows = []
     for record in store.runs.list(limit=known.limit, **({"state": known.state} if known.state else {})):
-        note = (record.get("error") or {}).get("what") or ""
+        note = (record.get("error") or {}).get("what") or record.get("warning") or ""
         if record["state"] == "queued" and record.get("waits_for"):
             note = f"waits for {', '.join(record['waits_for'])}"
         rows.append(

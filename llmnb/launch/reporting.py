@@ -6,6 +6,7 @@ the engine needs (rows, an adapter, a state to resume from) comes from the store
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint
 from ..config import thaw
-from ..errors import AdapterMismatch, DataError, InUse, LlmnbError, NotFound
+from ..errors import AdapterMismatch, DatabaseError, DataError, InUse, LlmnbError, NotFound
 from ..events import CheckpointSaved, Event, Note, StateChanged
 from ..job import TrainJob
 from .heart import Heart, patiently
@@ -64,6 +65,7 @@ class Reporter:
         self.job, self.store, self.patience = job, store, patience
         self._on_event = on_event
         self._follower_broke = False
+        self._warning: str | None = None
         self.mask = Mask([job.uri, getattr(store, "uri", None), job.artifacts, *tokens_of(job)])
         self.folder = own_folder(job.workdir, job.run)
         self.spool: Spool
@@ -103,6 +105,8 @@ class Reporter:
         if self.shipper is not None:
             self.shipper.close(patience)
         self.spool.settle()
+        with contextlib.suppress(DatabaseError):  # it is among the events, too
+            self._warn()
 
     def train(self) -> Any:
         """Trains in this process; the engine's ``TrainResult``."""
@@ -223,6 +227,8 @@ class Reporter:
         if self.said.knows(event):
             return
         said = self.spool.say(event)
+        if isinstance(event, Note) and event.data.get("causes"):  # NaN: whoever lists runs must see it
+            self._warning = event.text
         if self._on_event is None or self._follower_broke:
             return
         try:
@@ -324,6 +330,13 @@ class Reporter:
 
     def _settle(self) -> None:
         self.spool.settle()
+        self._warn()
+
+    def _warn(self) -> None:
+        """What a person should know of the run without reading it goes on its record."""
+        if self._warning is not None:
+            self.store.runs.update(self.job.run, warning=self._warning)
+            self._warning = None
 
     def _stopping(self, letter: str) -> None:
         """On the heart's thread: a letter came."""

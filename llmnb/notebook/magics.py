@@ -182,7 +182,7 @@ class LlmMagics(Magics):
         equal = {"state": known.state} if known.state else {}
         rows = []
         for record in store.runs.list(limit=known.limit, **equal):
-            error = (record.get("error") or {}).get("what") or ""
+            error = (record.get("error") or {}).get("what") or record.get("warning") or ""
             rows.append(
                 (
                     record["_id"],

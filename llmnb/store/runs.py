@@ -169,7 +169,7 @@ class Runs:
         if "config" in fields:
             fields["config"] = _json(fields["config"])
         worker = ("owner", "heartbeat", "rank0", "job", "runner", "waits_for", "ray_address", "away")
-        cleared = dict.fromkeys(("error", "reason", "ended", "control", *worker))
+        cleared = dict.fromkeys(("error", "warning", "reason", "ended", "control", *worker))
         change = {**cleared, **plain(fields), "state": "queued", "attempt": attempt + 1}
         wanted = {**_only(id, attempt), "state": {"$in": sorted(FINAL)}}
         found = self._table.change(wanted, {"$set": change})

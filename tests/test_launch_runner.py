@@ -449,7 +449,7 @@ def test_runs_of_the_real_engine_give_their_memory_back(db, home, tiny_llama, tm
     for _ in range(2):
         run = db.apply(model(tmp_path, tiny_llama), wait=False)
         assert run.wait(240).state == "done"
-        wait_for(lambda: not tickets.listed(home))
+        wait_for(lambda: not runner.status(home)["running"])
         seen.append((runner.status(home)["zygote"], used()))
     assert seen[0][0] == seen[1][0]
     assert seen[1][1] < seen[0][1] + 30e6, "the second run left nothing in memory"

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from llmnb import LLM, Collection, LLMTrainer, connect
 from llmnb.config import TrainConfig
 from llmnb.errors import ConfigError, MissingPackage, RunError
 from llmnb.events import StateChanged
-from llmnb.launch import cluster, layout, runner
+from llmnb.launch import cluster, deaths, layout, room, runner
 from llmnb.launch.layout import plan
 from llmnb.launch.spool import read
 from llmnb.launch.workers import RankFailed, _cause
@@ -27,8 +29,9 @@ from llmnb.launch.workers import RankFailed, _cause
 class Scaling:
     """Looks like ``ray.train.ScalingConfig``, which is only looked at."""
 
-    def __init__(self, num_workers=1, use_gpu=False, resources_per_worker=None):
+    def __init__(self, num_workers=1, use_gpu=False, resources_per_worker=None, placement_strategy="PACK"):
         self.num_workers, self.use_gpu, self.resources_per_worker = num_workers, use_gpu, resources_per_worker
+        self.placement_strategy = placement_strategy
 
 
 def planned(ray_configs=None, *, gpus=0, bits=None, background=True, **settings):
@@ -74,6 +77,17 @@ def test_how_many_workers(settings, workers, on_ray):
         ({"deepspeed": {"zero_optimization": {"stage": 3}}, "bits": 4}, "4-bit weights cannot be"),
         ({"deepspeed": {"fp16": {"enabled": True}}}, "fp16 is on, and this machine has no GPU"),
         ({"deepspeed": "nowhere.json"}, "nowhere.json cannot be read"),
+        (
+            {"ray_configs": {"scaling_config": Scaling(2, resources_per_worker={"CPU": 512})}},
+            "workers ask for 1024 CPUs, and this machine has",
+        ),
+        (
+            {"ray_configs": {"scaling_config": Scaling(2, placement_strategy="STRICT_SPREAD")}},
+            "2 nodes, and this machine has 1 node.*ray_address of a larger cluster",
+        ),
+        ({"ray_configs": {"scaling_config": Scaling(2), "datasets": {}}}, "datasets"),
+        ({"ray_configs": {"train_loop_per_worker": print}}, "train_loop_per_worker"),
+        ({"ray_configs": {"train_loop_config": {}}}, "train_loop_config"),
     ],
 )
 def test_what_cannot_be_is_said_beforehand(settings, said):
@@ -101,6 +115,53 @@ def test_a_configuration_of_deepspeed_in_a_file(tmp_path):
         planned(deepspeed=str(path))
 
 
+LOST = "The actor died because its node has died. Node Id: 3f"
+KILLED = "Worker unexpectedly exits with a connection error code 2. End of file."
+
+
+@pytest.mark.parametrize(
+    ("seen", "memory", "what", "todo"),
+    [
+        (LOST, False, "Worker 1 of 2 was lost with its node", "run.resume.. goes on .*, on the nodes that are there"),
+        (LOST, True, "lost with its node", "see whether that machine"),
+        (KILLED, False, "died without a word: killed by SIGKILL, or crashed", "if memory ran out: a smaller batch"),
+        (KILLED, True, "killed because memory ran out", "bits=4, or fewer workers"),
+        ("ray.exceptions.OutOfMemoryError: Task was killed", False, "because memory ran out", "a smaller batch"),
+        ("Worker exits because it received SIGTERM.", False, "ended by SIGTERM", "run.stop.. ends all"),
+    ],
+)
+def test_why_a_worker_died_is_said_with_advice(seen, memory, what, todo):
+    found = deaths.why(1, 2, seen, memory_killed=memory)
+    assert re.search(what, found[0]) and re.search(todo, found[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "peer"),
+    [
+        ("[../gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:20441", True),
+        ("recv() failed: Connection reset by peer", True),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        ("only rank 1 broke", False),
+    ],
+)
+def test_an_error_that_only_tells_of_another_rank(text, peer):
+    assert deaths.lost_a_peer(text) is peer
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "free", "said", "never"),
+    [
+        ({"CPU": 2}, {"CPU": 4}, {"CPU": 2}, "", False),
+        ({"CPU": 4}, {"CPU": 4}, {"CPU": 1}, "4 CPUs, and of the cluster's 4 CPUs are free: 1", False),
+        ({"CPU": 4}, {"CPU": 4}, {}, "", False),
+        ({"CPU": 8, "GPU": 1}, {"CPU": 4}, {"CPU": 4}, "8 CPUs and 1 GPU, and the cluster has 4 CPUs and 0 GPUs", True),
+        ({"node": 2}, {"node": 1}, {}, "2 nodes, and the cluster has 1 node", True),
+    ],
+)
+def test_what_workers_wait_for(asked, there, free, said, never):
+    assert room.lacking(asked, there, free) == (said, never)
+
+
 class Failed(Exception):
     def __init__(self, failures):
         super().__init__("Training failed")
@@ -120,7 +181,7 @@ def test_the_first_failure_is_the_cause_and_a_dead_worker_comes_before_its_conse
 
     assert _cause(Failed({0: rank(0, 20.0), 2: rank(2, 10.0)}), work).rank == 2
     died = _cause(Failed({0: rank(0, 20.0), 1: OSError("actor died")}), work)
-    assert isinstance(died, RunError) and died.what == "Worker 1 of 3 died." and "actor died" in died.seen
+    assert isinstance(died, RunError) and died.what.startswith("Worker 1 of 3 died") and "actor died" in died.seen
 
 
 # --- on a cluster ---------------------------------------------------------------------------------------------
@@ -216,7 +277,11 @@ def test_two_workers_learn_what_one_does_and_give_no_secret_away(db, home, mongo
     looked_at = [p for p in [*folder.rglob("*"), *Path(ours.temp_dir).rglob("*")] if p.is_file() and not p.is_symlink()]
     assert any("worker" in p.name and "ray" in str(p) for p in looked_at)
     assert [str(p) for p in looked_at if password.encode() in p.read_bytes()] == []
-    shown = json.dumps(ours.jobs()._ask("/api/v0/actors?detail=1&limit=100"))
+    show = (
+        "import ray; ray.init(log_to_driver=False); from ray._private import state; print(state.actors(), state.jobs())"
+    )
+    env = {**os.environ, **ours.environment()}
+    shown = subprocess.run([sys.executable, "-c", show], env=env, capture_output=True, text=True, check=True).stdout
     assert "RayTrainWorker" in shown and password not in shown
     assert {ip.removeprefix("::ffff:") for _, ip, _ in cluster.listening(home)} == {"127.0.0.1"}
 

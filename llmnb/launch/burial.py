@@ -102,15 +102,18 @@ def _lives(record: dict[str, Any]) -> bool:
 
 def _never_began(store: Store, record: dict[str, Any], attempt: int, cause: Cause) -> bool:
     run = record["_id"]
-    state, told, reason = "stopped", None, cause.stopped
-    if cause.stopped is None:
-        state, reason = "failed", "its process ended before it began"
-        seen = _end_of_log(record) or _how(cause)
-        told = _told("LaunchError", "The run's process ended before the run began.", seen, "see run.logs()")
+    if cause.stopped is not None:
+        state, told, reason = "stopped", None, cause.stopped
+    elif cause.status is None or cause.status < 0:
+        state, reason = "lost", f"The run's process {_how(cause)} before the run began"
+        told = _told("WorkerLost", f"{reason}.", _end_of_log(record), "run.resume() starts it again")
+    else:
+        state, reason = "failed", "The run's process ended before the run began"
+        told = _told("LaunchError", f"{reason}.", _end_of_log(record), "see run.logs()")
     if not store.runs.transition(run, "queued", state, attempt=attempt, error=told, reason=reason):
         return False
     # No worker can begin any more, so nobody else numbers its events.
-    said = StateChanged(state=state, reason=reason or "", seq=store.events.last_seq(run) + 1)
+    said = StateChanged(state=state, reason=reason, seq=store.events.last_seq(run) + 1)
     store.events.append(run, [said])
     return True
 

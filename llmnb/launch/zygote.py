@@ -69,7 +69,9 @@ class Zygote:
                 os.read(wakeup, 512)
                 self._reap()
             if self._keeper.fileno() in ready:
-                said = self._keeper.recv(1 << 16)
+                said = b""
+                with contextlib.suppress(OSError):  # killed with a word of ours unread
+                    said = self._keeper.recv(1 << 16)
                 if not said:
                     self._call_another_keeper()
                     return
@@ -205,7 +207,10 @@ def carry(path: Path, devices: Sequence[str]) -> int:
     sys.path[:] = dict.fromkeys([*ticket.paths, *sys.path])
     importlib.invalidate_caches()
     _other_random_numbers()
-    return worker.main([str(path / tickets.PARCEL)])
+    code = worker.main([str(path / tickets.PARCEL)])
+    if code == 0:  # nothing is left to record, also when the keeper is gone by now
+        tickets.remove(path)
+    return code
 
 
 def _other_random_numbers() -> None:

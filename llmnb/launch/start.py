@@ -20,6 +20,7 @@ from .layout import Layout, plan
 from .masking import Mask
 from .progress import Progress
 from .run import FINAL, Run
+from .sharing import with_files_read
 from .worker import own_folder, told_of, work
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def launch(
     """
     objects = dict(parcel_objects or {})
     layout = check(store, spec, config, objects, wait=wait, background=background)
+    config = with_files_read(config)
     record = store.runs.create(
         spec.identifier,
         model=spec.identifier,
@@ -189,7 +191,7 @@ def _submit(job: TrainJob, store: Store) -> None:
         if job.ray_address is None:
             _to_our_runner(job, store, home)
         else:
-            remote.submit(job, store, home)
+            remote.submit(job, store)
     except BaseException as error:
         told = told_of(error, Mask([job.uri, job.artifacts]))
         store.runs.transition(job.run, "queued", "failed", attempt=job.attempt, error=told)
@@ -205,7 +207,7 @@ def _is_over(store: Store, run: str) -> bool:
 
 def _to_our_runner(job: TrainJob, store: Store, home: Path) -> None:
     place = {"host": socket.gethostname(), "home": str(home), "since": time.time()}
-    store.runs.update(job.run, runner=place, ray_address=None, workdir=job.workdir)
+    store.runs.update(job.run, runner=place, ray_address=None, away=None, workdir=job.workdir)
     # A process ends a moment after its run: nobody waits for a run that is over.
     waits_for = [run for run in runner.submit(job, home) if not _is_over(store, run)]
     if waits_for:

@@ -417,11 +417,12 @@ def test_a_burial_believes_the_runs_own_last_words(store, tmp_path):
     assert [e.seq for e in store.events.since(run)] == [1, 2, 3, 4]
 
 
-def test_a_run_that_was_to_be_killed_is_stopped(store, tmp_path):
-    run, spool = dead_run(store, tmp_path, control="kill")
+@pytest.mark.parametrize(("letter", "asked", "reason"), [("kill", None, "killed"), (None, "all stop", "all stop")])
+def test_a_run_that_was_to_end_is_stopped(store, tmp_path, letter, asked, reason):
+    run, spool = dead_run(store, tmp_path, control=letter)
     spool.close()
-    assert bury(store, store.runs.get(run))
-    assert (store.runs.get(run)["state"], store.runs.get(run)["reason"]) == ("stopped", "killed")
+    assert bury(store, store.runs.get(run), Cause(status=-15, stopped=asked))
+    assert (store.runs.get(run)["state"], store.runs.get(run)["reason"]) == ("stopped", reason)
 
 
 def test_a_run_of_a_later_attempt_is_not_buried(store, tmp_path):

@@ -178,10 +178,10 @@ def test_progress_on_a_terminal():
 def test_gpus_that_are_hidden_are_not_counted(monkeypatch):
     from llmnb.launch import machine
 
-    for value, count in (("", 0), ("-1", 0), ("0", 1), ("0,2", 2)):
+    for value, names in (("", []), ("-1", []), ("0", ["0"]), ("0, 2", ["0", "2"])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
         machine.gpus_visible.cache_clear()
-        assert machine.gpus_visible() == count
+        assert machine.gpus_visible() == len(names) and machine.devices() == names
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     machine.gpus_visible.cache_clear()
     assert machine.gpus_visible() == len(list(Path("/proc/driver/nvidia/gpus").glob("*")))

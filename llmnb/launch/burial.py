@@ -45,7 +45,7 @@ class Cause:
     Attributes:
         status: its exit code, -N when signal N ended it; None when nobody saw it.
         memory: the system killed a process at that time because memory ran out.
-        stopped: why the run never began, when that was asked for.
+        stopped: why, when its end was asked for.
     """
 
     status: int | None = None
@@ -119,8 +119,8 @@ def _never_began(store: Store, record: dict[str, Any], attempt: int, cause: Caus
 
 
 def _verdict(record: dict[str, Any], cause: Cause) -> tuple[str, dict[str, Any] | None, str]:
-    if record.get("control") == "kill":
-        return "stopped", None, "killed"
+    if record.get("control") == "kill" or cause.stopped is not None:
+        return "stopped", None, cause.stopped or "killed"
     how = _how(cause)
     what = "Memory ran out, and the system killed the run's process." if cause.memory else f"The run's process {how}."
     advice = "run.resume() goes on from its newest checkpoint"

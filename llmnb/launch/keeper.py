@@ -230,7 +230,9 @@ class Keeper:
             self._forget(entry)
         else:
             killed = status in (None, -signal.SIGKILL) and tickets.memory_kills() > entry.kills
-            self._bury(entry, {"status": status, "memory": killed})
+            asked = status == -signal.SIGTERM and self._end_at is not None
+            stopped = "the runner was stopped" if asked else None
+            self._bury(entry, {"status": status, "memory": killed, "stopped": stopped})
 
     def _bury(self, entry: Entry, cause: Mapping[str, Any]) -> None:
         ticket = entry.ticket

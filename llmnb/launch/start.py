@@ -209,7 +209,7 @@ def _to_our_runner(job: TrainJob, store: Store, home: Path) -> None:
     place = {"host": socket.gethostname(), "home": str(home), "since": time.time()}
     store.runs.update(job.run, runner=place, ray_address=None, away=None, workdir=job.workdir)
     # A process ends a moment after its run: nobody waits for a run that is over.
-    waits_for = [run for run in runner.submit(job, home) if not _is_over(store, run)]
+    waits_for = [run for run in runner.submit(job, home) if run != job.run and not _is_over(store, run)]
     if waits_for:
         store.runs.update(job.run, waits_for=waits_for)
         print(f"llmnb: run {job.run} waits for {', '.join(waits_for)}", file=sys.stderr)

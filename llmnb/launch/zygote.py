@@ -159,6 +159,7 @@ def _as_child(path: Path, devices: Sequence[str], known: set[str], tell: int) ->
     atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setsid()
     gc.enable()
     try:
@@ -198,6 +199,7 @@ def carry(path: Path, devices: Sequence[str]) -> int:
     if not tickets.hold(path, devices):
         return HELD
     worker.to_log_file(own_folder(ticket.workdir, ticket.run) / "worker.log")
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] # what was printed outlives a kill
     os.environ.clear()
     os.environ.update(tickets.environment(path))
     os.environ["PYTHONPATH"] = ticket.search

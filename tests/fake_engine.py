@@ -14,6 +14,7 @@ from llmnb.engine.hooks import Hooks, TrainResult
 from llmnb.events import Metric
 
 LOSSES: list[float] = []  # for tests whose trainer takes real options only
+BEGAN: list[int] = []  # the step that each training began after
 
 
 def train(spec: Any, config: Any, data: Any, hooks: Hooks, *, workdir: Path, **more: Any) -> TrainResult:
@@ -32,6 +33,7 @@ def train(spec: Any, config: Any, data: Any, hooks: Hooks, *, workdir: Path, **m
     pause = float(given.get("pause_ms") or os.environ.get("FAKE_ENGINE_PAUSE_MS", 0)) / 1000
     hooks.started({"rows": len(rows), "rows_digest": digest, "steps": steps, "cut": 0, "dropped": 0})
     begin = json.loads((more["resume"] / "llmnb.json").read_text())["step"] if more.get("resume") else 0
+    BEGAN.append(begin)
     best_step, done = None, begin
     losses = given.get("losses") or LOSSES or [1.0 / (i + 1) for i in range(steps)]
     for step in range(begin + 1, steps + 1):

@@ -96,6 +96,7 @@ def test_a_stopped_run_goes_on_as_the_same_run(db, engine, tmp_path):
     assert states(run) == ["starting", "running", "stopping", "stopped", "starting", "running", "done"]
     assert [text for text in notes(run) if "Resumed" in text] == ["Resumed (attempt 2): the run goes on after step 3."]
     assert heard == run.events()[-len(heard) :] and heard[0].state == "starting"
+    assert fake_engine.BEGAN[-2:] == [0, 3]
     assert db.load("model", "sums").checkpoint.step == 6
     assert [c.step for c in run.checkpoints()] == [1, 2, 3, 4, 5, 6]
 
@@ -107,7 +108,7 @@ def test_what_was_lost_between_checkpoints_is_done_again_and_not_said_again(db, 
     db.resume(run.id)
     assert steps(run) == [1, 2, 3, 4, 5, 6, 7, 8] and gapless(run)
     assert run.events()[: len(before)] == before
-    assert sum("8 rows" in text for text in notes(run)) == 1
+    assert sum("8 rows" in text for text in notes(run)) == 1 and fake_engine.BEGAN[-1] == 3
 
 
 def test_without_a_checkpoint_it_starts_again_from_its_beginning(db, engine, tmp_path):
@@ -297,6 +298,8 @@ def test_ray_configs_are_stored_as_plain_data_and_made_again():
     summary = rayconfigs.described(configs)
     again = rayconfigs.rebuilt(json.loads(json.dumps(summary)))
     assert again == configs and again["run_config"].failure_config.max_failures == 2
+    (kept,) = rayconfigs.described({"run_config": RunConfig(failure_config=FailureConfig(1))})["configs"].values()
+    assert kept.keys() <= {"class", "failure_config", "checkpoint_config", "logging_config"}, "no path of this machine"
     assert rayconfigs.described({}) is None and rayconfigs.rebuilt(None) == {}
     secret = RunConfig(storage_path="s3://key:secret@bucket", worker_runtime_env={"env_vars": {"TOKEN": "secret"}})
     summary = rayconfigs.described({"run_config": secret})
@@ -446,9 +449,16 @@ if what == "begin":
     train("stopped-lora", True, stop)
     train("killed-full", False, die)
 else:
+    from llmnb.engine.loop import Loop
+
+    trained, step = [], Loop.training_step
+    Loop.training_step = lambda loop, *all: trained.append(loop.state.global_step) or step(loop, *all)
     for run in reversed(db.runs()):
         if run.look() != "done":
+            kept = run.checkpoints()[-1].step
             assert run.resume(progress=False).state == "done"
+            assert trained == list(range(kept, 11)), (kept, trained)
+            trained.clear()
 """
 
 

@@ -8,6 +8,7 @@ there.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,7 +72,7 @@ def _plain(where: str, value: Any, left: list[str]) -> Any:
         given = {"class": kind}
         for field in dataclasses.fields(value):
             found = getattr(value, field.name)
-            if _is_default(field, found) or (field.name in _SECRET and not found):
+            if _is_default(field, found) or _is_empty(found) or _is_made_up(field.name, found):
                 continue
             if field.name in _SECRET:
                 left.append(f"{where}.{field.name}")
@@ -86,6 +87,16 @@ def _is_default(field: Any, value: Any) -> bool:
     if field.default_factory is not dataclasses.MISSING:
         return bool(value == field.default_factory())
     return bool(field.default is not dataclasses.MISSING and value == field.default)
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, (Mapping, list, tuple)) and not value
+
+
+def _is_made_up(name: str, value: Any) -> bool:
+    """Ray fills these in where a person named none: today's date, and a folder of this machine."""
+    made = name == "name" and str(value).startswith("ray_train_run-")
+    return made or (name == "storage_path" and value == os.path.expanduser("~/ray_results"))
 
 
 def _object(value: Any) -> Any:

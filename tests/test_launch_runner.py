@@ -317,12 +317,14 @@ def test_stop_lets_runs_save_and_says_so_of_those_that_waited(mongo_uri, tmp_pat
 
 
 def test_a_runner_without_work_ends_by_itself(mongo_uri, tmp_path, monkeypatch, db):
-    own = tmp_path / "home"
+    own = tmp_path / ("a-path-too-long-for-a-socket" * 4)
     monkeypatch.setenv("LLMNB_RUNNER_IDLE_S", "0.3")
     other = connect(mongo_uri, home=own)
     run = other.apply(model(tmp_path), wait=False)
     assert run.wait(60).state == "done"
+    assert not runner.socket_path(own).is_relative_to(own)
     wait_for(lambda: not runner._marked(own), 20)
+    assert not runner.socket_path(own).exists()
     other.close()
 
 

@@ -300,6 +300,9 @@ def main() -> int:
     out = os.open(os.devnull, os.O_RDWR)
     os.dup2(out, 1)
     _keep(home, listener)
+    path.unlink(missing_ok=True)
+    if path.parent != tickets.folder(home):
+        path.parent.rmdir()
     return 0
 
 

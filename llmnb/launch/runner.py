@@ -133,7 +133,7 @@ def take_back(record: Mapping[str, Any]) -> bool:
     home, run = _place(record), str(record["_id"])
     if home is None:
         return False
-    answer = _ask(home, {"do": "drop", "run": run}, 5.0)
+    answer = _ask(home, {"do": "drop", "run": run}, _ANSWER_LIMIT_S)
     if answer is not None:
         return bool(answer["dropped"])
     for path, ticket in tickets.listed(home):  # nobody there who could begin it meanwhile
@@ -199,7 +199,9 @@ def socket_path(home: Path) -> Path:
     path = tickets.folder(home) / "socket"
     if len(os.fsencode(path)) <= _LONGEST_PATH:
         return path
-    short = Path(tempfile.gettempdir()) / f"llmnb-{_mark(home)}"
+    # Not wherever TMPDIR says: every caller must find the same one.
+    root = "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()
+    short = Path(root) / f"llmnb-{_mark(home)}"
     short.mkdir(mode=0o700, exist_ok=True)
     if short.stat().st_uid != os.getuid():
         raise LaunchError("The runner's folder belongs to somebody else.", seen=str(short), todo="set TMPDIR")

@@ -225,7 +225,8 @@ def _other_random_numbers() -> None:
 
 def main() -> int:
     """``python -m llmnb.launch.zygote HOME LINE [taught]``, or ``… alone TICKET DEVICES`` to carry out one run."""
-    sys.path.pop(0)  # the folder that it was started in
+    if sys.path[0] == os.getcwd():
+        sys.path.pop(0)  # the folder that it was started in
     if sys.argv[1] == "alone":
         return carry(Path(sys.argv[2]), [device for device in sys.argv[3].split(",") if device])
     for name, value in (_NO_THREADS | _NO_CUDA).items():

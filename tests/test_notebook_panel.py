@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ pytest.importorskip("anywidget")
 
 import llmnb.notebook.panel as panel
 from llmnb import Collection, connect, form
+from llmnb.config import ModelSpec
 from llmnb.errors import ConfigError, DatabaseError, Fault, LaunchError, NotFound
 from llmnb.events import StateChanged
 from llmnb.launch.run import Run
@@ -223,7 +225,7 @@ def test_no_password_reaches_the_page(session, db, page):
 def test_what_stays_in_the_file_is_the_line_that_does_the_same(opened, page):
     kept = page.handles[1]
     types(opened, filter='{"lang": "<b>"}')
-    assert kept.shown[-1]["text/plain"].startswith("%llm_train --model gpt2")
+    assert "\n%llm_train --model gpt2 --collection docs" in kept.shown[-1]["text/plain"]
     assert "<b>" not in kept.shown[-1]["text/html"] and "llmnb-kept" in kept.shown[-1]["text/html"]
 
 
@@ -349,6 +351,19 @@ def test_a_database_that_goes_away_and_comes_back(opened, page, db, monkeypatch)
         assert page.told("rows")["trouble"] == "The database does not answer."
     types(opened, limit="10", lora_r="4")
     assert page.told("rows")["all"] == 10 and page.told("trouble") == {"words": ""}
+
+
+def test_a_model_of_the_database_means_its_base_and_its_adapter(db, tmp_path):
+    spec = ModelSpec("tuned", "gpt2")
+    for identifier in ("tuned", "never"):
+        db.store.models.add(replace(spec, identifier=identifier))
+    (tmp_path / "adapter.bin").write_bytes(b"x")
+    db.store.checkpoints.put("run-1", 20, tmp_path, kind="adapter", base="gpt2")
+    db.store.models.point("tuned", 1, "run-1/20")
+    db.store.models.ready("tuned", 1)
+    found = panel_data.names(db.store)
+    assert found["models"] == {"tuned": {"model_name_or_path": "gpt2", "adapter_id": "run-1/20"}}
+    assert found["bases"] == [("gpt2", "base of tuned")] and found["adapters"] == ["run-1/20"]
 
 
 def test_fields_offer_pairs_texts_and_chats(db):

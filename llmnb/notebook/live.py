@@ -117,7 +117,7 @@ class LiveView:
     def _keepsake(self) -> dict[str, str]:
         self._kept_at = time.monotonic()
         out = still.bundle(self._curve, self._title, time.time())
-        out["text/html"] = f'<div class="llmnb-kept">{out["text/html"]}</div>'
+        out["text/html"] = still.kept(out["text/html"])
         return out
 
     # -- the page's side -------------------------------------------------------------------------------------

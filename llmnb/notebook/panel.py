@@ -18,7 +18,7 @@ from IPython.display import DisplayHandle, display
 
 from .. import form
 from ..errors import ConfigError, DatabaseError, LlmnbError
-from . import panel_data
+from . import panel_data, still
 from .tables import short
 
 __all__ = ["Panel", "TrainPanel"]
@@ -251,8 +251,11 @@ class Panel:
 
     def _keepsake(self, checked: Mapping[str, Any]) -> dict[str, str]:
         """What a saved notebook shows of the panel without a kernel: the line that does the same."""
-        text = str(checked.get("magic") or "The training panel: run this cell to open it.")
-        return {"text/plain": text, "text/html": f'<div class="llmnb-kept"><pre>{html.escape(text)}</pre></div>'}
+        line = str(checked.get("magic") or "")
+        text = "The training panel: run this cell to open it." + (
+            f" What was typed, as a line:\n\n{line}" if line else ""
+        )
+        return {"text/plain": text, "text/html": still.kept(f"<pre>{html.escape(text)}</pre>")}
 
 
 def _words(error: LlmnbError) -> str:

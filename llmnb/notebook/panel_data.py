@@ -53,14 +53,21 @@ def form_of() -> dict[str, Any]:
 
 
 def names(store: Any) -> dict[str, Any]:
-    """What can be chosen: collections with their counts, bases and adapters of this database, past runs."""
-    bases: dict[str, str] = {}
-    for identifier in store.models.identifiers():
-        with contextlib.suppress(NotFound):  # none of its versions was ever ready
-            path = store.models.get(identifier)["spec"].get("model_name_or_path")
-            bases.setdefault(str(path), f"base of {identifier}")
+    """What can be chosen: collections with their counts; bases, models and adapters of this database; past runs.
+
+    A model is chosen by its name, and means its base with the adapter that answers.
+    """
     experiments = store.checkpoints.experiments()[::-1][:20]
     adapters = [f"{name}/{c.step}" for name in experiments for c in store.checkpoints.list(name) if c.kind == "adapter"]
+    bases: dict[str, str] = {}
+    models: dict[str, dict[str, str]] = {}
+    for identifier in store.models.identifiers():
+        with contextlib.suppress(NotFound):  # none of its versions was ever ready
+            record = store.models.get(identifier)
+            base = str(record["spec"].get("model_name_or_path"))
+            bases.setdefault(base, f"base of {identifier}")
+            if record.get("checkpoint") in adapters:
+                models[identifier] = {"model_name_or_path": base, "adapter_id": record["checkpoint"]}
     runs = [
         (r["_id"], f"{r.get('model')} · {local_time(r.get('created'))} · {r['state']}")
         for r in store.runs.list(limit=20)
@@ -69,6 +76,7 @@ def names(store: Any) -> dict[str, Any]:
         "place": place(store),
         "collections": sorted(store.collections().items()),
         "bases": sorted(bases.items()),
+        "models": models,
         "adapters": adapters[::-1],
         "runs": runs,
     }

@@ -19,7 +19,7 @@ from ..series import Curve, Floats, Picture, best_checkpoint, marks, picture
 from .tables import local_time
 from .words import Status, figure, number, status
 
-__all__ = ["bundle", "page", "svg", "text", "title_of"]
+__all__ = ["bundle", "kept", "page", "svg", "text", "title_of"]
 
 WIDTH, HEIGHT = 1000, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 28
@@ -32,6 +32,16 @@ def title_of(record: Mapping[str, Any]) -> str:
     version = f" v{record['version']}" if record.get("version") else ""
     name = str(record.get("model") or record.get("identifier") or record.get("_id", "run"))
     return " · ".join(part for part in (name + version, local_time(record.get("created"))) if part)
+
+
+def kept(inner: str) -> str:
+    """What a saved file shows in place of the widget in the output before it, which lives only as long as its kernel.
+
+    A view that lives hides this; without one, this hides the message that there is none.
+    """
+    alive = ":has(.llmnb-live, .llmnb-panel)"
+    before = f".jp-OutputArea-child:has(+ .jp-OutputArea-child .llmnb-kept):not({alive})"
+    return f'<style>{before} {{ display: none }}</style><div class="llmnb-kept">{inner}</div>'
 
 
 def bundle(curve: Curve, title: str, now: float) -> dict[str, str]:

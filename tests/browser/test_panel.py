@@ -134,7 +134,9 @@ def test_from_an_empty_notebook_to_a_curve_with_the_keyboard(driver, tmp_path, t
             assert panel.get_by_role("tab", name="LoRA, 1 fault").count() == 1
             assert "1 fault: LoRA › r must be a whole number" in panel.locator(".llmnb-reason").inner_text()
             assert panel.get_by_role("button", name="Start training").get_attribute("aria-disabled") == "true"
-            hands.to("r", "Shift+Tab")
+            panel.get_by_role("tab", name="Model & data").click()
+            panel.get_by_role("button", name="1 fault").click()
+            assert hands.name() == "r", "the fault leads to its row"
             hands.fill("4")
             hands.press("Tab")
             page.until("() => !document.querySelector('.llmnb-reason').textContent")
@@ -167,6 +169,26 @@ def test_from_an_empty_notebook_to_a_curve_with_the_keyboard(driver, tmp_path, t
             page.run(3)
             assert page.output(3).inner_text().strip() == "False", "the kernel needs no torch"
             page.until("() => document.querySelector('.llmnb-live')?.dataset.status === 'done'", 240)
+
+            # the next panel begins where the last one ended, and knows the run
+            opened_in(page)
+            page.until("() => document.querySelector('.llmnb-place').textContent.includes('@')")
+            panel.get_by_role("tab", name="LoRA", exact=True).click()
+            assert panel.get_by_label("r", exact=True).input_value() == "4"
+            panel.get_by_role("combobox", name="Preset").select_option("Full")
+            assert panel.get_by_label("r", exact=True).is_disabled()
+            panel.get_by_role("combobox", name="Load settings").select_option(index=1)
+            page.until("() => document.querySelector('.llmnb-said-line').textContent.startsWith('Settings of')")
+            assert panel.get_by_label("r", exact=True).input_value() == "4"
+
+            # what stays in the file
+            page.page.wait_for_timeout(500)
+            page.save()
+            page.shut_kernel()
+            page.open("panel.ipynb", kernel=False)
+            page.page.wait_for_selector(".llmnb-kept", timeout=30_000)
+            stays = page.output(2).inner_text()
+            assert "%llm_train --model" in stays and "not found" not in stays
             assert page.faults() == []
     finally:
         cluster.stop(home)

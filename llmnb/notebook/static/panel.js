@@ -81,7 +81,7 @@ class Line {
       const select = element("select", "llmnb-field");
       for (const choice of row.choices) select.append(new Option(wordOf(row, choice), choice));
       select.addEventListener("change", () => this.view.edit(row.name, select.value, true));
-      if (row.kind === "collection") select.addEventListener("focus", () => this.view.model.send({ kind: "look" }));
+      if (row.kind === "collection") select.addEventListener("focus", () => this.view.send({ kind: "look" }));
       return select;
     }
     const field = element("input", `llmnb-field llmnb-field-${row.kind}`, { type: "text", autocomplete: "off", spellcheck: "false" });
@@ -216,7 +216,7 @@ class View {
   build() {
     const { tabs, presets } = this.shared.told.form;
     this.place = element("span", "llmnb-dim llmnb-place");
-    this.runs = this.picker("Load settings", (run) => this.model.send({ kind: "load", run }));
+    this.runs = this.picker("Load settings", (run) => this.send({ kind: "load", run }));
     this.presets = this.picker("Preset", (name) => this.preset(presets.find((p) => p.name === name)));
     for (const { name } of presets) this.presets.select.append(new Option(name, name));
     const head = element("div", "llmnb-line llmnb-panel-head", {}, element("span", "llmnb-title", {}, "Fine-tune"), this.place, this.runs.node, this.presets.node);
@@ -233,7 +233,7 @@ class View {
     const id = `llmnb-${ids.next++}`;
     const select = element("select", "llmnb-field llmnb-picker", { id });
     select.append(new Option("choose", ""));
-    select.addEventListener("focus", () => this.model.send({ kind: "look" }));
+    select.addEventListener("focus", () => this.send({ kind: "look" }));
     select.addEventListener("change", () => {
       if (select.value) choose(select.value);
       select.value = "";
@@ -329,9 +329,15 @@ class View {
   }
 
   edit(name, value, done) {
-    const { values } = this.shared;
+    const { values, told } = this.shared;
+    const model = name === "model_name_or_path" && done && told.names && told.names.models[value];
     if (value === this.rowOf(name).default) delete values[name];
     else values[name] = value;
+    if (model) {
+      Object.assign(values, model);
+      this.lines.get(name).input.value = values[name];
+      this.shared.said = `Goes on from ${value}: its base, and the adapter ${values.adapter_id}.`;
+    }
     this.shared.trouble = "";
     clearTimeout(this.waiting);
     if (done) this.send({ kind: "edit", done: true });
@@ -339,8 +345,16 @@ class View {
     this.shared.draw();
   }
 
+  // False when nobody is there to hear it.
   send(message) {
-    this.model.send({ ...message, values: this.shared.values, tab: this.shared.tab });
+    try {
+      this.model.send({ ...message, values: this.shared.values, tab: this.shared.tab });
+      return true;
+    } catch (error) {
+      console.warn(error);
+      this.shared.trouble = "The kernel of this panel has ended: run its cell again.";
+      return false;
+    }
   }
 
   preset(chosen) {
@@ -354,13 +368,8 @@ class View {
 
   begin() {
     if (this.why() || this.shared.phase !== "editing") return;
-    if (this.el.closest(".jupyter-widgets-disconnected")) {
-      this.shared.trouble = "The kernel of this panel has ended: run its cell again.";
-      return this.shared.draw();
-    }
-    this.shared.phase = "starting";
     clearTimeout(this.waiting);
-    this.send({ kind: "start" });
+    if (this.send({ kind: "start" })) this.shared.phase = "starting";
     this.shared.draw();
     setTimeout(() => {
       if (this.shared.phase === "starting" && !this.shared.heard) {
@@ -435,7 +444,8 @@ class View {
     say(this.place, names.place || "");
     const collections = names.collections || [];
     this.lines.get("collection")?.offer(collections.map(([name, count]) => [name, `${name} (${number(count)} documents)`]));
-    this.lines.get("model_name_or_path")?.offer(names.bases || []);
+    const models = Object.keys(names.models || {}).map((name) => [name, "model of this database"]);
+    this.lines.get("model_name_or_path")?.offer([...models, ...(names.bases || [])]);
     this.lines.get("adapter_id")?.offer((names.adapters || []).map((name) => [name, name]));
     this.lines.get("key")?.offer(fields.fields || []);
     const runs = names.runs || [];

@@ -28,17 +28,16 @@ HEADS = {
 }
 
 
-@pytest.fixture(params=HEADS)
-def base(request, tmp_path):
+def made(head, folder):
     """A folder with a model whose logits come about in one of the ways there are."""
     transformers.set_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(HEADS[request.param]())
+    model = transformers.AutoModelForCausalLM.from_config(HEADS[head]())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3.0)  # so that caps and scales matter
-    model.save_pretrained(tmp_path / "base")
-    transformers.AutoTokenizer.from_pretrained(folder_of()).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(folder_of()).save_pretrained(folder)
+    return folder
 
 
 class Watched(transformers.TrainerCallback):
@@ -67,8 +66,9 @@ def observed(folder, base, packed, **arguments):
     return drill, watched.gradients[0]
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_loss_and_every_gradient_are_the_padded_batch_s(base, smoothing, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("head", "smoothing"), [*((head, 0.0) for head in HEADS), ("tied", 0.1)])
+def test_loss_and_every_gradient_are_the_padded_batch_s(head, smoothing, tmp_path, monkeypatch):
+    base = made(head, tmp_path / "base")
     monkeypatch.setattr("llmnb.engine.losses._CHUNK", 1)  # 16 tokens at a time: several chunks, the last one short
     flat, mine = observed(tmp_path / "flat", base, True, label_smoothing_factor=smoothing)
     padded, theirs = observed(tmp_path / "padded", base, False, label_smoothing_factor=smoothing)

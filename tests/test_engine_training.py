@@ -572,10 +572,12 @@ def test_a_longer_plan_has_the_learning_rates_that_it_would_have_had(tmp_path):
     options = {"save_strategy": "steps", "lr_scheduler_type": "linear"}
     short = train(tmp_path / "short", max_steps=4, save_steps=4, **options)
     planned = train(tmp_path / "planned", max_steps=8, save_steps=8, **options)
-    longer = train(tmp_path / "longer", max_steps=8, save_steps=3, resume=short.last, **options)
+    longer = train(tmp_path / "longer", max_steps=8, save_steps=1, resume=short.last, **options)
     rates = {step: rate for step, rate in planned.series("learning_rate").items() if step > 4}
     assert longer.series("learning_rate") == rates and len(rates) == 4
-    assert [saved["step"] for saved in longer.saved] == [6, 8], "and the steps between saves are those of today"
+    assert [saved["step"] for saved in longer.saved] == [5, 6, 7, 8], "the steps between saves are those of today"
+    before, after = weights(short.last), weights(longer.saved[0]["folder"])
+    assert not all(torch.equal(before[name], after[name]) for name in before), "step 5 moved; the short plan ended at 0"
     nothing = train(tmp_path / "nothing", max_steps=4, save_steps=4, resume=short.last, **options)
     assert (nothing.result.steps, nothing.result.last_step, nothing.losses(), nothing.saved) == (0, 4, {}, [])
 

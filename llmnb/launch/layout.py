@@ -13,6 +13,8 @@ from typing import Any
 from ..config import TrainConfig
 from ..errors import ConfigError, Fault, MissingPackage, near
 from ..job import TrainJob
+from . import machine
+from .room import NODE, asked_by, lacking
 from .sharing import faults_of
 
 __all__ = ["SLOT", "Layout", "plan", "spread"]
@@ -111,4 +113,21 @@ def _workers(
         asked = max(gpus or 1, 1) if background and on_gpus else 1
     if gpus and on_gpus and asked > gpus:
         faults.append(Fault("num_gpus", f"{asked} GPUs are asked for, and this machine has {gpus}"))
+    elif scaling is not None and gpus is not None:
+        faults += _room_faults(scaling, gpus)
     return asked, faults
+
+
+def _room_faults(scaling: Any, gpus: int) -> list[Fault]:
+    """What this machine's own cluster will never have: it is one node."""
+    there = {"CPU": float(machine.cpus()), "GPU": float(gpus), NODE: 1.0, SLOT: 1000.0}
+    asked = asked_by(scaling)
+    if scaling.resources_per_worker is None:
+        asked.pop("CPU", None)  # they ask for slots there
+    if scaling.use_gpu and not gpus:
+        asked.pop("GPU", None)  # they train on CPUs then, and the run says so
+    text, never = lacking(asked, there, {})
+    if not never:
+        return []
+    what = "workers ask for " + text.replace("the cluster", "this machine")
+    return [Fault("ray_configs['scaling_config']", what, "ask for less, or give the ray_address of a larger cluster")]

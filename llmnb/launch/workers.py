@@ -28,7 +28,7 @@ import psutil
 from ..errors import LaunchError, LlmnbError, RunError
 from ..events import Note
 from ..job import TrainJob
-from . import cluster, machine
+from . import cluster, deaths, machine
 from .away import open_for
 from .bucket import with_filesystem
 from .heart import patiently
@@ -36,6 +36,8 @@ from .layout import SLOT
 from .masking import Mask
 from .parcel import environment
 from .reporting import Reporter, own_folder, tokens_of, told_of
+from .room import NODE, asked_by, lacking
+from .tickets import memory_kills
 from .wrapping import HOME_THERE, travelling
 
 if TYPE_CHECKING:
@@ -48,6 +50,9 @@ _LOOK_EVERY_S = 0.5
 # Ray Train asks its workers for their state this often; an end is seen that much later. Its default is 2 s.
 _HEALTH_CHECK_S = "0.25"
 _START_LIMIT_S = "1800"
+# How long a rank that lost another one waits for Ray to find that one dead: a lost node's heartbeats have to stop.
+_PEER_S = 60.0
+_ROOM_FIRST_S, _ROOM_EVERY_S = 5.0, 5.0
 # A killed worker's lock on the spool is gone a moment after it.
 _RELEASE_S = 20.0
 
@@ -87,8 +92,11 @@ def train_on_workers(work: _Work) -> Outcome:
     """
     ray = _connect(work.job)
     box: dict[str, Any] = {}
+    kills = memory_kills()
     with work.listening():  # Ray took the signals when it connected
         trainer = _trainer(work, ray)
+        turn = _Turn(work, ray, trainer.scaling_config)
+        turn.say()
         work.hand_over()
         thread = threading.Thread(target=_fit, args=(trainer, box), name="llmnb-fit", daemon=True)
         try:
@@ -96,13 +104,14 @@ def train_on_workers(work: _Work) -> Outcome:
             # Not on the main thread, where Ray Train would take SIGINT for itself.
             while thread.is_alive():
                 thread.join(_LOOK_EVERY_S)
-                if work.heart.letter and thread.is_alive() and not _has_begun(work):
+                turn.look()
+                if work.heart.letter and thread.is_alive() and not turn.has_come():
                     box["result"] = Outcome(stopped=True)  # the workers wait for their turn; they go with this process
                     break
         finally:
             _take_back(work)
     if "error" in box:
-        raise _cause(box["error"], work) from None
+        raise _cause(box["error"], work, memory_killed=memory_kills() > kills) from None
     return box["result"]
 
 
@@ -190,9 +199,44 @@ def _fit(trainer: Any, box: dict[str, Any]) -> None:
         box["error"] = error
 
 
-def _has_begun(work: _Work) -> bool:
-    record = patiently(lambda: work.store.runs.get(work.job.run), work.patience)
-    return record.get("rank0") is not None
+class _Turn:
+    """Whether the workers have begun, and what they wait for until they have: on the run's record, and in a note."""
+
+    def __init__(self, work: _Work, ray: Any, scaling: Any) -> None:
+        self._work, self._ray, self._asked = work, ray, asked_by(scaling)
+        self._come, self._said = False, ""
+        self._next = time.monotonic() + _ROOM_FIRST_S
+
+    def has_come(self) -> bool:
+        if not self._come:
+            record = patiently(lambda: self._work.store.runs.get(self._work.job.run), self._work.patience)
+            self._come = record.get("rank0") is not None
+        return self._come
+
+    def say(self) -> None:
+        """Before they are asked for."""
+        text = self._lacking()
+        if text:
+            self._work.say(Note(level="warning", text=f"The workers wait for {text}.", data={"waits_for": text}))
+            self._record(text)
+
+    def look(self) -> None:
+        """Every few seconds until they have begun."""
+        if self._come or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _ROOM_EVERY_S
+        self._record("" if self.has_come() else self._lacking())
+
+    def _lacking(self) -> str:
+        nodes = {NODE: float(sum(bool(node["Alive"]) for node in self._ray.nodes()))}
+        text, never = lacking(self._asked, self._ray.cluster_resources() | nodes, self._ray.available_resources())
+        return f"{text}; they begin when nodes join the cluster" if never else text
+
+    def _record(self, text: str) -> None:
+        if text != self._said:
+            self._said = text
+            run, runs = self._work.job.run, self._work.store.runs
+            patiently(lambda: runs.update(run, waits_for=[text] if text else None), self._work.patience)
 
 
 def _take_back(work: _Work) -> None:
@@ -207,18 +251,16 @@ def _take_back(work: _Work) -> None:
         time.sleep(0.1)
 
 
-def _cause(error: BaseException, work: _Work) -> BaseException:
+def _cause(error: BaseException, work: _Work, memory_killed: bool = False) -> BaseException:
     """What went wrong first: a worker that died, else the first that raised."""
     failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
     raised = sorted((e for e in failures.values() if isinstance(e, RankFailed)), key=lambda e: e.when)
     died = [(rank, e) for rank, e in sorted(failures.items()) if not isinstance(e, RankFailed)]
     if died:
         rank, seen = died[0]
-        return RunError(
-            f"Worker {rank} of {work.job.workers} died.",
-            seen=work.mask(seen)[:1500],
-            todo="most often memory ran out: a smaller batch, bits=4, or fewer workers",
-        )
+        text = str(getattr(seen, "health_check_failure", seen))
+        what, todo = deaths.why(rank, work.job.workers, text, memory_killed=memory_killed)
+        return RunError(what, seen=work.mask(text)[:1500], todo=todo)
     if raised:
         return raised[0]
     return LaunchError("Ray could not train.", seen=work.mask(error)[:1500], todo="see the end of the run's log")
@@ -252,6 +294,8 @@ def carry_rank(sealed: bytes) -> dict[str, Any]:
     except BaseException as error:  # noqa: BLE001 - the border of the rank: the driver writes it on the run
         told = told_of(error, mask)
         print(told["traceback"], file=sys.stderr, flush=True)
+        if deaths.lost_a_peer(told["what"]):
+            time.sleep(_PEER_S)  # Ray finds who died, and ends this rank meanwhile: that one is the cause
         raise RankFailed(told, rank, time.time()) from None
     return {"stopped": bool(result.stopped), "last_step": int(result.last_step)}
 

@@ -196,16 +196,12 @@ def _mark(home: Path) -> str:
 
 def socket_path(home: Path) -> Path:
     """Where the keeper listens: in the home folder, or in a folder with a short path when that one's is too long."""
-    path = tickets.folder(home) / "socket"
+    path = home / "runner" / "socket"
     if len(os.fsencode(path)) <= _LONGEST_PATH:
         return path
     # Not wherever TMPDIR says: every caller must find the same one.
     root = "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()
-    short = Path(root) / f"llmnb-{_mark(home)}"
-    short.mkdir(mode=0o700, exist_ok=True)
-    if short.stat().st_uid != os.getuid():
-        raise LaunchError("The runner's folder belongs to somebody else.", seen=str(short), todo="set TMPDIR")
-    return short / "socket"
+    return Path(root) / f"llmnb-{_mark(home)}" / "socket"
 
 
 def _ask(home: Path, question: Mapping[str, Any], limit_s: float) -> dict[str, Any] | None:
@@ -247,7 +243,12 @@ def _starting(home: Path) -> Iterator[None]:
 
 def _start(home: Path) -> None:
     """Starts a keeper, and waits until it listens."""
-    log = tickets.folder(home) / "keeper.log"
+    log, place = tickets.folder(home) / "keeper.log", socket_path(home).parent
+    place.mkdir(mode=0o700, exist_ok=True)
+    if place.stat().st_uid != os.getuid():
+        raise LaunchError(
+            "The runner's folder belongs to somebody else.", seen=str(place), todo="use a shorter path for LLMNB_HOME"
+        )
     env = environment() | {tickets.RUNNER: _mark(home), "PYTHONPATH": os.pathsep.join(import_paths())}
     with open(log, "ab") as out:
         os.chmod(log, 0o600)

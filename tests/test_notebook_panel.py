@@ -108,6 +108,9 @@ def settled(opened):
     while opened._thread is not None and time.monotonic() < end:
         time.sleep(0.01)
     assert opened._thread is None
+    if opened._starter is not None:
+        opened._starter.join(20)
+        assert not opened._starter.is_alive()
 
 
 @pytest.fixture
@@ -183,7 +186,7 @@ def test_rows_and_shape_are_asked_for_once(opened, page, session):
 def test_the_sentence_under_the_form(opened, page):
     types(opened, max_steps="100", per_device_train_batch_size="4")
     said = page.told("outlook")["words"].replace("\u202f", " ")
-    assert said == "LoRA r 16 · 4.7 M trained of 331 M · 100 steps · 20 000 tokens · a few seconds and 2.1 GB of 16 GB"
+    assert said == "LoRA r 16 · 4.7 M trained of 331 M · 100 steps · 20 000 tokens · a few seconds and 1.7 GB of 16 GB"
     types(opened, max_steps="x")
     assert page.told("outlook")["words"] == ""
 
@@ -307,6 +310,34 @@ def test_a_start_that_fails_says_why_and_can_be_tried_again(opened, page, db, mo
     monkeypatch.setattr(db, "apply", works)
     hears(opened, "start", values=opened._values)
     assert page.told("live")
+
+
+def test_a_start_that_breaks_leaves_the_form(opened, page, db, monkeypatch):
+    monkeypatch.setattr(db, "apply", lambda llm, wait: 1 / 0)
+    types(opened)
+    hears(opened, "start", values=opened._values)
+    assert page.told("trouble")["words"].startswith("ZeroDivisionError")
+    assert page.told("phase")["phase"] == "editing" and opened._phase == "editing"
+
+
+def test_a_start_does_not_wait_for_a_preview(opened, page, applied, session):
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slow(*_):
+        reading.set()
+        assert go_on.wait(20)
+        return dict(ROWS)
+
+    session.previews().rows = slow
+    hears(opened, "edit", wait=False, values={**opened._values, "model_name_or_path": "gpt2"}, done=True)
+    assert reading.wait(10)
+    hears(opened, "start", wait=False, values=opened._values)
+    hears(opened, "edit", wait=False, values={}, done=True)
+    opened._starter.join(10)
+    assert page.told("live") and opened._values["model_name_or_path"] == "gpt2"
+    go_on.set()
+    settled(opened)
+    assert session._previews is None, "no process is left behind"
 
 
 def test_a_second_panel_begins_with_what_was_typed_and_is_one_of_its_own(opened, session, db, page, applied):

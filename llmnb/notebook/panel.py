@@ -26,11 +26,15 @@ __all__ = ["Panel", "TrainPanel"]
 _STATIC = Path(__file__).parent / "static"
 
 
+def _text(name: str) -> str:
+    return (_STATIC / name).read_text(encoding="utf-8")
+
+
 class TrainPanel(anywidget.AnyWidget):
     """The widget. Only its ``send`` is used from threads; it has no traits of its own."""
 
-    _esm = (_STATIC / "panel.js").read_text(encoding="utf-8")
-    _css = (_STATIC / "live.css").read_text(encoding="utf-8") + (_STATIC / "panel.css").read_text(encoding="utf-8")
+    _esm = _text("panel_rows.js") + "\n" + _text("panel.js")
+    _css = _text("live.css") + "\n" + _text("panel.css")
 
 
 class Panel:
@@ -55,6 +59,7 @@ class Panel:
         self._live: DisplayHandle | None = None
         self._kept: DisplayHandle | None = None
         self._thread: threading.Thread | None = None
+        self._starter: threading.Thread | None = None
         self._todo: list[Callable[[], None]] = []
         self._known: dict[str, tuple[Any, Any]] = {}  # part → (what it was asked for, the answer)
 
@@ -74,7 +79,7 @@ class Panel:
                 if not self._opened:  # what a person does not wait for comes after what they do
                     self._opened = True
                     self._do(self._look, self._consider)
-            elif kind == "edit":
+            elif kind == "edit" and self._phase == "editing":
                 self._take(message)
                 self._do(self._consider if message.get("done") else self._quickly)
             elif kind == "look":
@@ -86,7 +91,9 @@ class Panel:
                 self._take(message)
                 self._phase = "starting"
                 self._tell("phase", phase="starting")
-                self._do(self._start)
+                # Not behind a preview that takes its time.
+                self._starter = threading.Thread(target=self._carry_out, args=(self._start,), daemon=True)
+                self._starter.start()
 
     def _take(self, message: Mapping[str, Any]) -> None:
         known = {row.name for row in form.rows()}
@@ -117,12 +124,16 @@ class Panel:
                     self._thread = None
                     return
                 step = self._todo.pop(0)
-            try:
-                step()
-            except LlmnbError as error:
-                self._tell("trouble", words=_words(error))
-            except Exception as error:  # noqa: BLE001 - the border of a thread: the panel shows it
-                self._tell("trouble", words=f"{type(error).__name__}: {error}")
+            self._carry_out(step)
+
+    def _carry_out(self, step: Callable[[], None]) -> None:
+        """The border of a thread: what goes wrong is shown."""
+        try:
+            step()
+        except LlmnbError as error:
+            self._tell("trouble", words=_words(error))
+        except Exception as error:  # noqa: BLE001 - the panel shows it, and can be used on
+            self._tell("trouble", words=f"{type(error).__name__}: {error}")
 
     def _look(self) -> None:
         found = panel_data.names(self._database.store)
@@ -163,9 +174,10 @@ class Panel:
         self._forecast(checked)
 
     def _answer(self, part: str, question: Any, find: Callable[[Any], Any]) -> None:
-        """Finds a part anew when what it depends on has changed, and nothing newer waits."""
+        """Finds a part anew when what it depends on has changed, and somebody still wants to know."""
         with self._lock:
-            if self._known.get(part, (None,))[0] == question or self._consider in self._todo:
+            late = self._consider in self._todo or self._phase != "editing"
+            if late or self._known.get(part, (None,))[0] == question:
                 return
         try:
             answer = find(question)
@@ -219,18 +231,22 @@ class Panel:
     # -- starting --------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
+        run, trouble = None, ""
         try:
             run = self._begin()
+        except ConfigError as error:
+            at, rest = form.by_row(error.faults)
+            self._tell("checked", faults=at, rest=rest)
         except LlmnbError as error:
-            with self._lock:
-                self._phase = "editing"
-            if isinstance(error, ConfigError):
-                at, rest = form.by_row(error.faults)
-                self._tell("checked", faults=at, rest=rest)
-            self._tell("phase", phase="editing", trouble="" if isinstance(error, ConfigError) else _words(error))
-            return
-        self._session.close_previews()
-        self._watch(run)
+            trouble = _words(error)
+        finally:
+            if run is None:
+                with self._lock:
+                    self._phase = "editing"
+                self._tell("phase", phase="editing", trouble=trouble)
+        if run is not None:
+            self._session.close_previews()
+            self._watch(run)
 
     def _begin(self) -> Any:
         checked = self._check()

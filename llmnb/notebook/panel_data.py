@@ -19,7 +19,21 @@ from .plan import Plan
 from .session import place
 from .tables import local_time
 
-__all__ = ["Checked", "check", "fields", "form_of", "loaded", "names", "outlook", "sample", "seen", "shaped"]
+__all__ = [
+    "START",
+    "WELCOME",
+    "Checked",
+    "check",
+    "described",
+    "fields",
+    "form_of",
+    "loaded",
+    "names",
+    "outlook",
+    "sample",
+    "seen",
+    "shaped",
+]
 
 START = dict(form.PRESETS[1].values)  # what an untouched form holds
 WELCOME = f"{form.PRESETS[1].name}: {form.PRESETS[1].reason}"

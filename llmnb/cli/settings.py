@@ -6,21 +6,18 @@ Faults are reported all at once, with near names. This module knows no database.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from .. import options
-from ..config import ModelSpec, TrainConfig
 from ..errors import ConfigError, Fault, near
+from ..form import MODEL_ONLY, typed, types_of
 from ..options import named
 from ..query import Collection, Select
 
 __all__ = ["known_settings", "named", "selection", "settings", "values"]
 
 _ALL = frozenset({"bool", "int", "float", "str", "list", "dict", "None"})
-_MODEL_ONLY = frozenset(f.name for f in fields(ModelSpec)) - {"bits", "task"}
 _OBJECTS = ("select", "transform", "ray_configs", "training_kwargs", "eval_selects")  # Python objects: not from here
 
 
@@ -33,7 +30,7 @@ def known_settings() -> list[str]:
     """Every name that ``llmnb train`` takes."""
     from ..trainer import LLMTrainer
 
-    return sorted((LLMTrainer.names() | _MODEL_ONLY) - set(_OBJECTS))
+    return sorted((LLMTrainer.names() | MODEL_ONLY) - set(_OBJECTS))
 
 
 def settings(given: Mapping[str, str | None]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -46,7 +43,7 @@ def settings(given: Mapping[str, str | None]) -> tuple[dict[str, Any], dict[str,
     trainer: dict[str, Any] = {}
     faults: list[Fault] = []
     for name, text in given.items():
-        types = _types(name)
+        types = types_of(name)
         if name in _OBJECTS:
             faults.append(Fault(f"--{name}", "takes a Python object", "use the Python API for it"))
         elif types is None:
@@ -56,37 +53,10 @@ def settings(given: Mapping[str, str | None]) -> tuple[dict[str, Any], dict[str,
         elif text is None and "bool" not in types:
             faults.append(Fault(f"--{name}", "needs a value", f"--{name} VALUE"))
         else:
-            (model if name in _MODEL_ONLY else trainer)[name] = True if text is None else _value(name, text, types)
+            (model if name in MODEL_ONLY else trainer)[name] = True if text is None else typed(name, text)
     if faults:
         raise ConfigError(faults)
     return model, trainer
-
-
-def _types(name: str) -> frozenset[str] | None:
-    """The accepted types of a setting, or None when there is no such setting."""
-    for cls in (TrainConfig, ModelSpec):
-        for f in fields(cls):
-            if f.name == name and name not in ("arguments", "task"):
-                words = set(re.findall(r"\w+", str(f.type)))
-                return _ALL - {"bool"} if words & {"Any", "Mapping", "Select"} else frozenset(words & _ALL)
-    if name == "ray_address":
-        return frozenset({"str", "None"})
-    option = options.training_arguments().get(name)
-    if option is not None:
-        return option.types
-    return _ALL if name in options.synonyms() or name in _OBJECTS else None
-
-
-def _value(name: str, text: str, types: frozenset[str]) -> Any:
-    value = options.parse(name, text, types)
-    if name in ("key", "X"):
-        if isinstance(value, list):
-            return tuple(value)
-        if "," in text and isinstance(value, str):
-            return tuple(part.strip() for part in text.split(","))
-    if name == "lora_target_modules" and isinstance(value, str) and "," in value:
-        return [part.strip() for part in value.split(",")]
-    return value
 
 
 def selection(collection: str, filter: str | None = None, limit: int | None = None) -> Select:

@@ -35,9 +35,9 @@ def typed(name: str, text: str) -> Any:
     value = options.parse(name, text, types_of(name) or _ALL)
     if isinstance(value, float) and text.strip().lstrip("+-").isdigit():
         value = int(text)  # as it was typed; taken where a float is asked for
-    if name == "key" and isinstance(value, str) and "," in value:
+    if name in ("key", "X") and isinstance(value, str) and "," in value:
         return tuple(part.strip() for part in value.split(","))
-    if name == "key" and isinstance(value, list):
+    if name in ("key", "X") and isinstance(value, list):
         return tuple(value)
     if name == "lora_target_modules" and isinstance(value, str) and "," in value:
         return [part.strip() for part in value.split(",")]

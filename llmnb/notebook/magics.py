@@ -336,7 +336,7 @@ class LlmMagics(Magics):
             if name == "llm_resume":
                 usage = "[RUN] [--num_train_epochs N] [--OPTION VALUE …]"
             if name == "llm_train":
-                usage = "--model M --collection C [--OPTION VALUE …] [--start]"
+                usage = "[--model M --collection C [--OPTION VALUE …] [--start]]"
             rows.append((sign + name, usage, _first_sentence(magic_words(function))))
         return Table(
             ("magic", "arguments", ""), rows, note="Each takes --help. Tab completes options, runs and checkpoints."

@@ -22,7 +22,18 @@ from llmnb.launch.cluster import _free_ports
 from llmnb.launch.jobs import Jobs
 
 MARK = "LLMNB_TEST_FOREIGN_CLUSTER"
-PERSONS_SIDE = ("notebook", "cli", "db.py", "llm.py", "model.py", "pipelines.py", "trainer.py", "demo", "series.py")
+PERSONS_SIDE = (
+    "notebook",
+    "cli",
+    "db.py",
+    "llm.py",
+    "model.py",
+    "pipelines.py",
+    "trainer.py",
+    "demo",
+    "series.py",
+    "form",
+)
 
 SITE = """
 import os, socket, sys
@@ -66,16 +77,6 @@ class Foreign:
         (self.site / "sitecustomize.py").write_text(SITE.format(checkout=str(source.parent)))
         self.token_file = root / "token"
         self.token_file.write_text(secrets.token_hex(32))
-        port, dashboard, agent, client = _free_ports(4)
-        self.address, self.url, self.client = (
-            f"127.0.0.1:{port}",
-            f"http://127.0.0.1:{dashboard}",
-            f"ray://127.0.0.1:{client}",
-        )
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address=127.0.0.1"]
-        command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-        command += [f"--ray-client-server-port={client}", "--dashboard-host=127.0.0.1", f"--num-cpus={cpus}"]
-        command += [f"--temp-dir={self.temp}", "--disable-usage-stats", "--object-store-memory=80000000"]
         self.env = {
             "PATH": os.path.dirname(sys.executable) + ":/usr/bin:/bin",
             "HOME": str(self.home),
@@ -89,14 +90,48 @@ class Foreign:
             MARK: self.mark,
             **env,
         }
-        done = subprocess.run(
-            command, env=self.env, cwd=self.cwd, capture_output=True, text=True, timeout=180, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        # A port that was free may be taken a moment later; and on a busy machine a raylet waits 15 s for its agent to
+        # be imported, and then crashes.
+        for left in (3, 2, 1, 0):
+            done = self._start(cpus)
+            if done.returncode == 0:
+                break
+            self.stop()
+            assert left, done.stdout + done.stderr
         end = time.monotonic() + 60
         while not self.jobs().answers():
-            assert time.monotonic() < end, "the foreign cluster does not answer"
+            if time.monotonic() > end:
+                self.stop()
+                raise AssertionError("the foreign cluster does not answer")
             time.sleep(0.2)
+
+    def _start(self, cpus: int) -> subprocess.CompletedProcess[str]:
+        port, dashboard, agent, client = _free_ports(4)
+        self.address, self.url, self.client = (
+            f"127.0.0.1:{port}",
+            f"http://127.0.0.1:{dashboard}",
+            f"ray://127.0.0.1:{client}",
+        )
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address=127.0.0.1"]
+        command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+        command += [f"--ray-client-server-port={client}", "--dashboard-host=127.0.0.1", f"--num-cpus={cpus}"]
+        command += [f"--temp-dir={self.temp}", "--disable-usage-stats", "--object-store-memory=80000000"]
+        return subprocess.run(
+            command, env=self.env, cwd=self.cwd, capture_output=True, text=True, timeout=180, check=False
+        )
+
+    def join(self, home: Path, *, cpus: int = 4) -> None:
+        """A second node, whose ``~`` is ``home``; its processes carry ``MARK`` too."""
+        home.mkdir(parents=True)
+        agent, grpc, metrics, envs = _free_ports(4)
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={self.address}"]
+        command += ["--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={agent}"]
+        command += [f"--dashboard-agent-grpc-port={grpc}", f"--metrics-export-port={metrics}"]
+        command += [f"--runtime-env-agent-port={envs}"]
+        command += ["--disable-usage-stats", "--object-store-memory=80000000"]
+        env = {**self.env, "HOME": str(home), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
+        done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=180, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def switch(self, name: str, text: str | None = "") -> None:
         """Turns ``without_torch`` or ``wall`` on, or off with None, for processes that start from now on."""

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import psutil
@@ -255,6 +256,8 @@ def test_what_the_cluster_lacks_is_named_on_the_record_though_nobody_waits(
         assert f"pip install 'llmnb[train,ray]=={version}'" in told["todo"]
     with pytest.raises(RunError, match=re.escape(told["what"])):
         run.wait(5)
+    if fault == "no llmnb":  # nothing there could overwrite it
+        wait_for(lambda: stored_package(foreign, run.record["package"]) == wrapping.EMPTY)
 
 
 def test_the_worker_says_itself_that_versions_differ(foreign, db, tmp_path, monkeypatch):
@@ -263,6 +266,31 @@ def test_the_worker_says_itself_that_versions_differ(foreign, db, tmp_path, monk
     run = db.apply(model(tmp_path, foreign.url), wait=False)
     wait_for(lambda: db.store.runs.get(run.id)["state"] == "failed")
     assert "3.7" in run.error["seen"]
+
+
+def test_a_worker_that_is_killed_over_there_is_lost_within_seconds(foreign, db, tmp_path, monkeypatch):
+    run = db.apply(model(tmp_path, foreign.url, max_steps=100_000, save_steps=100_000), wait=False)
+    wait_for(lambda: run.state == "running")
+    monkeypatch.setattr(socket, "gethostname", lambda: "another-machine")  # no process of it can be seen from here
+    psutil.Process(run.record["owner"]["pid"]).kill()
+    with pytest.raises(RunError, match="gone without a word"):
+        run.wait(30)
+    assert run.state == "lost" and run.error["seen"]
+
+
+@pytest.mark.parametrize("log_to_db", [True, False])
+def test_a_run_that_waits_for_its_turn_can_be_stopped(log_to_db, foreign, db, tmp_path):
+    other = foreign.jobs().submit("sleep 100", id=f"other-{uuid.uuid4().hex}", cpus=4.0, gpus=0.0, metadata={})
+    try:
+        run = db.apply(model(tmp_path, foreign.url, log_to_db=log_to_db), wait=False)
+        time.sleep(1.0)
+        assert run.state == "queued"
+        run.stop()
+        assert run.wait(60).state == "stopped"
+        assert stored_package(foreign, run.record["package"]) == wrapping.EMPTY
+    finally:
+        foreign.jobs().stop(other)
+    assert wait_for(lambda: foreign.jobs().info(run.id)["status"] == "STOPPED")
 
 
 # --- a cluster that never reaches the database ------------------------------------------------------------------------
@@ -370,6 +398,14 @@ def test_a_killed_worker_without_the_database_is_lost_and_its_run_goes_on(walled
     assert_all_is_home(db, run, 300, list(range(50, 301, 50)))
     assert run.record["attempt"] == 2
     assert len([event for event in run.events() if event.kind == "checkpoint"]) == 6
+
+
+@pytest.mark.parametrize("name", ["train_loop_per_worker", "train_loop_config", "datasets", "no_such_thing"])
+def test_what_is_no_business_of_the_person_is_refused_before_anything_is_recorded(name, db, tmp_path):
+    with pytest.raises(ConfigError, match=name) as raised:
+        db.apply(model(tmp_path, "http://127.0.0.1:1", ray_configs={name: print}), wait=False)
+    assert "ray_configs" in str(raised.value)
+    assert db.runs() == [] and db.show("model") == []
 
 
 def test_a_cluster_elsewhere_needs_a_database_or_a_folder_that_it_reaches(db, tmp_path, monkeypatch):

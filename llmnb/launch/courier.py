@@ -18,7 +18,7 @@ from ..errors import ArtifactError, DatabaseError, InUse, NotFound
 from . import away
 from .heart import patiently
 from .jobs import at
-from .remote import why_it_ended
+from .remote import lost_because, why_it_ended, withdraw
 
 if TYPE_CHECKING:
     from ..store import FolderStore, Store
@@ -63,6 +63,7 @@ class Courier:
         said = self.there.events.since(self.run, self.home.events.last_seq(self.run))
         self._bring_checkpoints()  # before the events that tell of them
         self._bring_pointer(ours)
+        self._drop_checkpoints()  # after the pointer has moved on
         self.home.events.append(self.run, said, ours.get("attempt", 1))
         over = theirs["state"] not in _ALIVE
         if ours["state"] in _ALIVE:
@@ -73,9 +74,15 @@ class Courier:
 
     def _carry_letter(self, ours: dict[str, Any]) -> None:
         letter = ours.get("control") or (None if ours["state"] in _ALIVE else "kill")
-        if letter and letter != self._letter:
+        if not letter or letter == self._letter:
+            return
+        if self.there.runs.transition(self.run, "queued", "stopped", reason="stopped before it began"):
+            jobs = at(ours["ray_address"])
+            jobs.stop(ours["job"])
+            withdraw(jobs, ours)
+        else:
             self.there.runs.ask(self.run, letter)
-            self._letter = letter
+        self._letter = letter
 
     # -- home ------------------------------------------------------------------------------------------------
 
@@ -88,8 +95,12 @@ class Courier:
                 self._bring(step, found)
             elif found.best and not mine.best:
                 self.home.checkpoints.mark_best(self.run, step)
-        for step in ours.keys() - theirs.keys():
-            with contextlib.suppress(InUse, NotFound):  # a model points at it: it stays
+
+    def _drop_checkpoints(self) -> None:
+        theirs = {c.step for c in self.there.checkpoints.list(self.run)}
+        self.there.runs.get(self.run)  # raises when it is the folder that is gone, not a checkpoint
+        for step in {c.step for c in self.home.checkpoints.list(self.run)} - theirs:
+            with contextlib.suppress(InUse, NotFound):  # another model points at it: it stays
                 self.home.checkpoints.remove(self.run, step)
 
     def _bring(self, step: int, found: Any) -> None:
@@ -124,28 +135,30 @@ class Courier:
 
     def _given_up(self, ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
         """The job ended without a word, or the person ended it."""
+        if ours["state"] not in _ALIVE and theirs["state"] == "queued":
+            return True
         silent = time.monotonic() - self._beat_at
         if silent < _ASK_S or time.monotonic() - self._asked_at < _ASK_S:
-            return ours["state"] not in _ALIVE and theirs["state"] == "queued"
+            return False
         self._asked_at = time.monotonic()
         if ours["state"] not in _ALIVE:
             return True
-        why = why_it_ended(at(ours["ray_address"]), ours["job"])
+        jobs = at(ours["ray_address"])
+        why = why_it_ended(jobs, ours["job"])
         if self.there.runs.get(self.run)["state"] != theirs["state"]:  # it spoke meanwhile
             return False
-        if theirs["state"] == "queued":
-            if why is not None:
-                self._end(ours, "failed", why)
-            return why is not None
-        if why is None and silent < _LOST_S:
+        if why is None and (theirs["state"] == "queued" or silent < _LOST_S):
             return False
-        what = "The worker is gone without a word." if why else "The run's worker fell silent."
-        seen = (why or {}).get("seen") or f"no beat for {silent:.0f} s in {self.there.url}"
-        todo = "resume the run from its newest checkpoint"
-        self._end(ours, "lost", {"type": "WorkerLost", "what": what, "seen": seen, "todo": todo, "traceback": None})
+        withdraw(jobs, ours)
+        if self._letter is not None:
+            self._end(ours, "stopped", None)
+        elif theirs["state"] == "queued":
+            self._end(ours, "failed", why)
+        else:
+            self._end(ours, "lost", lost_because(why or {"seen": f"no beat for {silent:.0f} s in {self.there.url}"}))
         return True
 
-    def _end(self, ours: dict[str, Any], state: str, error: dict[str, Any]) -> None:
+    def _end(self, ours: dict[str, Any], state: str, error: dict[str, Any] | None) -> None:
         # No event is said of it: the next number may be taken, in a spool that the worker left on its machine.
         self.home.runs.transition(self.run, _ALIVE, state, attempt=ours.get("attempt", 1), error=error)
 

@@ -10,6 +10,7 @@ costs 2 s and 100 MB, and its client waits for minutes where nobody listens.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from ..job import TrainJob
     from ..store import Store
 
-__all__ = ["find", "forget", "near", "submit", "why_it_ended"]
+__all__ = ["find", "forget", "lost_because", "near", "submit", "why_it_ended", "withdraw"]
 
 _ANSWER_S = 5.0
 _RAY_ANSWERS_S = 60.0
@@ -220,6 +222,23 @@ def why_it_ended(jobs: Jobs, id: str) -> dict[str, Any] | None:
     seen = f"{info.get('message') or ''}\n{log}".strip()[-1500:]
     what = "The job ended before the run began."
     return {"type": "LaunchError", "what": what, "seen": seen or None, "todo": None, "traceback": None}
+
+
+def lost_because(why: Mapping[str, Any]) -> dict[str, Any]:
+    """The error of a run whose job ended while it was at work.
+
+    Args:
+        why: what ``why_it_ended`` found.
+    """
+    told = {"type": "WorkerLost", "what": "The worker is gone without a word.", "seen": why.get("seen")}
+    return {**told, "todo": "resume the run from its newest checkpoint", "traceback": None}
+
+
+def withdraw(jobs: Jobs, record: Mapping[str, Any]) -> None:
+    """Overwrites the parcel of a job that will not read it any more."""
+    if record.get("package"):
+        with contextlib.suppress(LaunchError):  # Ray drops it when no job names it
+            jobs.put_package(record["package"], EMPTY)
 
 
 def _watch(store: Store, run: str) -> None:

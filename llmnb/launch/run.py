@@ -21,7 +21,7 @@ from . import away, runner, spool
 from .burial import bury
 from .jobs import at
 from .progress import Progress
-from .remote import why_it_ended
+from .remote import lost_because, why_it_ended, withdraw
 
 if TYPE_CHECKING:
     from ..store import Store
@@ -291,12 +291,14 @@ class Run:
         return resume(self._store, self.id, given, changes, wait=wait, progress=progress, on_event=on_event)
 
     def _ask(self, what: str) -> None:
-        if self._store.runs.transition(self.id, "queued", "stopped", reason="stopped before it began", ended=_now()):
-            record = self.record
-            if record.get("job"):
-                jobs = self._jobs(record)
-                if jobs is not None:
-                    jobs.stop(record["job"])
+        record = self.record
+        if record.get("away"):  # it may have begun, for all that is known here; the letter says it there
+            away.ensure_courier(self._store, self.id)
+        elif self._store.runs.transition(self.id, "queued", "stopped", reason="stopped before it began", ended=_now()):
+            jobs = self._jobs(record)
+            if jobs is not None:
+                jobs.stop(record["job"])
+                withdraw(jobs, record)
             runner.take_back(record)
             # No worker can begin any more, so nobody else numbers events of this run.
             seq = self._store.events.last_seq(self.id) + 1
@@ -322,8 +324,9 @@ class Run:
             return self.state
         if state in FINAL:
             return str(state)
-        if state == "queued":
+        if record.get("job"):
             self._look_at_job(record)
+        if state == "queued":
             if runner.forgot(record):
                 bury(self._store, record)
         elif _gone(record):
@@ -333,18 +336,18 @@ class Run:
         return self.state
 
     def _look_at_job(self, record: dict[str, Any]) -> None:
-        """A job that ended while its run is still queued never came to life: wrong Python, no such folder, …"""
-        jobs = self._jobs(record) if record.get("job") else None
+        """A job that ended while its run has not: it never came to life (wrong Python, …), or was killed."""
+        jobs = self._jobs(record)
         why = why_it_ended(jobs, record["job"]) if jobs is not None else None
-        if why is not None:
-            self._store.runs.transition(
-                self.id,
-                "queued",
-                "failed",
-                attempt=record.get("attempt", 1),
-                ended=_now(),
-                error=why,
-            )
+        if why is None:
+            return
+        state, to = record["state"], "failed"
+        if state != "queued":
+            time.sleep(0.5)  # its last words may be on their way
+            to, why = "lost", lost_because(why)
+        attempt = record.get("attempt", 1)
+        self._store.runs.transition(self.id, state, to, attempt=attempt, ended=_now(), error=why)
+        withdraw(jobs, record)
 
     def _jobs(self, record: dict[str, Any]) -> Any:
         address = record.get("ray_address")

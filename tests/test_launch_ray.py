@@ -29,7 +29,7 @@ def home(tmp_path_factory):
 def test_two_starters_get_one_cluster(home):
     code = "import sys; from llmnb.launch import cluster; print(cluster.ensure(sys.argv[1]).pids)"
     both = [subprocess.Popen([sys.executable, "-c", code, str(home)], stdout=subprocess.PIPE) for _ in range(2)]
-    said = [process.communicate(timeout=180)[0] for process in both]
+    said = [process.communicate(timeout=500)[0] for process in both]
     assert said[0] == said[1] and len(json.loads(said[0].decode().replace("'", '"'))) == 2
 
 

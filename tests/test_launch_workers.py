@@ -305,7 +305,7 @@ def test_trap18_a_whole_model_of_zero3_is_loaded_and_predicts(db, tiny_llama, tm
 @pytest.mark.ray
 @pytest.mark.mongod
 @pytest.mark.slow
-def test_a_letter_reaches_all_ranks_and_a_failure_brings_its_ranks_own_traceback(db, tiny_llama, tmp_path):
+def test_trap22_a_letter_reaches_all_ranks_and_a_failure_brings_its_ranks_own_traceback(db, tiny_llama, tmp_path):
     run = db.apply(
         model(tiny_llama, tmp_path, per_device_train_batch_size=1, num_gpus=2, max_steps=5000, save_steps=5000),
         wait=False,
@@ -313,8 +313,10 @@ def test_a_letter_reaches_all_ranks_and_a_failure_brings_its_ranks_own_traceback
     wait_for(run.metrics)
     run.stop()
     assert run.wait(60).state == "stopped"
-    steps = [c.step for c in run.checkpoints()]
-    assert len(steps) == 1 and steps[0] == run.metrics()[-1]["step"]
+    (checkpoint,) = run.checkpoints()
+    assert checkpoint.step == run.metrics()[-1]["step"] and checkpoint.resumable
+    kept = {path.name for path in db.store.checkpoints.fetch(checkpoint, resume=True).iterdir()}
+    assert {"optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= kept
     assert [e.state for e in run.events() if isinstance(e, StateChanged)][-2:] == ["stopping", "stopped"]
 
     def broken(text):

@@ -162,12 +162,16 @@ class Reporter:
         kept = [c for c in self._patiently(lambda: self.store.checkpoints.list(self.job.run)) if c.resumable]
         return kept[-1] if kept else None
 
+    def remember(self) -> None:
+        """From now on nothing is said that the spool or the database holds."""
+        events = {event.seq: event for event in read(self.spool.path)}
+        stored = self._patiently(lambda: self.store.events.since(self.job.run))
+        self.said = Said((events | {event.seq: event for event in stored}).values())
+
     def _recall(self, newest: Checkpoint | None, folder: Path | None) -> None:
         """What this run said before this process: nothing of it is said again, and nothing is left unsaid."""
         run = self.job.run
-        events = {event.seq: event for event in read(self.spool.path)}
-        events.update((event.seq, event) for event in self._patiently(lambda: self.store.events.since(run)))
-        self.said = Said(events.values())
+        self.remember()
         self.before = self._patiently(lambda: self.store.runs.get(run)).get("counts") or {}
         checkpoints = self._patiently(lambda: self.store.checkpoints.list(run))
         self.best = next((c.step for c in checkpoints if c.best), None)

@@ -105,6 +105,8 @@ class _Work(Reporter):
             seen = f"state {record['state']}, attempt {record.get('attempt', 1)}; this is attempt {self.job.attempt}"
             raise RunError(f"Run {run} cannot begin.", seen=seen, todo="an attempt begins once, from queued")
         self._open_spool_soon()
+        if self.job.attempt > 1:
+            self.remember()
         self.say(StateChanged(state="starting"))
         self.heart.start()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 import llmnb
+from llmnb.errors import LaunchError
 from llmnb.launch.cluster import _free_ports
 from llmnb.launch.jobs import Jobs
 
@@ -99,7 +100,7 @@ class Foreign:
             self.stop()
             assert left, done.stdout + done.stderr
         end = time.monotonic() + 60
-        while not self.jobs().answers():
+        while not self._answers():
             if time.monotonic() > end:
                 self.stop()
                 raise AssertionError("the foreign cluster does not answer")
@@ -139,6 +140,13 @@ class Foreign:
             (self.site / name).unlink(missing_ok=True)
         else:
             (self.site / name).write_text(text)
+
+    def _answers(self) -> bool:
+        try:
+            self.jobs().prove()
+        except LaunchError:
+            return False
+        return True
 
     def jobs(self) -> Jobs:
         return Jobs(self.url, self.token_file.read_text())

@@ -8,9 +8,9 @@ from llmnb.config import ModelSpec, TrainConfig
 from llmnb.errors import ArtifactError, ConnectError, NotFound
 from llmnb.events import CheckpointSaved, Metric
 from llmnb.job import TrainJob
-from llmnb.launch import away, courier, wrapping
+from llmnb.launch import away, courier, porter, wrapping
 from llmnb.query import Collection
-from llmnb.store import open_folder
+from llmnb.store import open_folder, open_store
 
 URL = "http://127.0.0.1:9"
 
@@ -192,3 +192,30 @@ def test_while_the_database_is_away_nothing_is_lost(sent, store, tmp_path, monke
     assert rounds[:3] == [2.0, 4.0, 8.0]
     assert store.runs.get(run)["state"] == "done" and store.runs.get(run)["courier"] == courier.FINISHED
     assert not (tmp_path / "away").exists()
+
+
+def test_what_fails_after_the_folder_was_furnished_leaves_no_rows(store, tmp_path):
+    select = Collection("texts").find()
+    store.execute(Collection("texts").insert_one({"text": "private", "_fold": "train"}))
+    spec, config = ModelSpec(identifier="m", model_name_or_path="base"), TrainConfig(select=select)
+    run = store.runs.create("m", model="m", version=store.models.add(spec, config), config=config)["_id"]
+    url = f"file://{tmp_path / 'away'}"
+    job = TrainJob(run, spec, 1, config, None, store.name, str(tmp_path / "out"), away=url)
+    with pytest.raises(ValueError), away.furnished(job, store, url):
+        assert list((tmp_path / "away" / "rows").iterdir())
+        raise ValueError("the cluster refuses")
+    assert not (tmp_path / "away").exists()
+
+
+@pytest.mark.mongod
+def test_a_folder_of_artifacts_that_is_not_seen_over_there_is_said(mongo_uri, tmp_path):
+    folder = tmp_path / "artifacts"
+    with open_store(mongo_uri, artifacts=str(folder), home=tmp_path / "home") as store:
+        away.show_folder(store.settings.artifacts)
+        config = TrainConfig(select=Collection("texts").find())
+        job = TrainJob("r", ModelSpec(identifier="m"), 1, config, mongo_uri, store.name, str(tmp_path / "out"))
+    path = job.write(tmp_path / "job.pickle")
+    assert porter._unready(path) is None
+    folder.rmdir()  # as it is on a machine that does not mount it
+    told = porter._unready(path)
+    assert str(folder) in told["seen"] and "s3://" in told["todo"]

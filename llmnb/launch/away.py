@@ -7,6 +7,7 @@ process of its own on the caller's machine (``courier``), which also carries let
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint
-from ..errors import ConfigError, Fault
+from ..errors import ConfigError, Fault, LlmnbError
 from .parcel import import_paths
 
 try:
@@ -29,7 +30,18 @@ if TYPE_CHECKING:
     from ..job import TrainJob
     from ..store import FolderStore, Store
 
-__all__ = ["carry", "ensure_courier", "furnish", "is_s3", "open_for", "storage_path", "there_for"]
+__all__ = [
+    "carry",
+    "ensure_courier",
+    "furnish",
+    "furnished",
+    "hidden_folder",
+    "is_s3",
+    "open_for",
+    "show_folder",
+    "storage_path",
+    "there_for",
+]
 
 # A courier that ends at once (its folder cannot be reached from here) is not started again and again.
 _AGAIN_S = 30.0
@@ -91,6 +103,35 @@ def furnish(job: TrainJob, store: Store, url: str) -> None:
                 folder.put_rows(select, fold, store.rows(select, fold=fold))
         for chosen in job.config.eval_selects.values():
             folder.put_rows(chosen, None, store.rows(chosen))
+
+
+@contextlib.contextmanager
+def furnished(job: TrainJob, store: Store, url: str | None) -> Iterator[None]:
+    """``furnish``; what fails meanwhile leaves no rows behind. Without a folder there is nothing to do."""
+    from ..store import open_folder
+
+    if url is None:
+        yield
+        return
+    try:
+        furnish(job, store, url)
+        yield
+    except BaseException:
+        with contextlib.suppress(LlmnbError):  # the error that is on its way says more
+            open_folder(url, home=store.home).remove()
+        raise
+
+
+def show_folder(artifacts: str | None) -> None:
+    """Makes the folder that a database keeps artifacts in, so that a worker can tell whether it sees it."""
+    if str(artifacts or "").startswith("file://"):
+        Path(str(artifacts).removeprefix("file://")).mkdir(parents=True, exist_ok=True)
+
+
+def hidden_folder(artifacts: str | None) -> str | None:
+    """In a worker: the folder of the database's artifacts when it is not seen from here."""
+    path = str(artifacts or "")
+    return path if path.startswith("file://") and not Path(path.removeprefix("file://")).is_dir() else None
 
 
 def _needed(job: TrainJob, store: Store) -> Iterator[tuple[str, int, bool]]:

@@ -81,14 +81,6 @@ class Jobs:
 
     # -- is it there -----------------------------------------------------------------------------------------
 
-    def answers(self) -> bool:
-        """True when somebody who takes our token listens there."""
-        try:
-            self._ask("/api/version", timeout=5)
-        except (OSError, ValueError):
-            return False
-        return True
-
     def prove(self) -> None:
         """Asks whether it would take a job from us.
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import sys
 from pathlib import Path
 
 from ..job import TrainJob
 from .cluster import MARK
 from .tickets import RUNNER
 
-__all__ = ["command", "environment", "import_paths", "pack", "take_environment"]
+__all__ = ["environment", "import_paths", "pack", "take_environment"]
 
 # What belongs to the process that starts, not to the job: its shell, its notebook, its Ray.
 _OWN = frozenset(
@@ -60,22 +58,6 @@ def take_environment(path: Path) -> None:
 
 def _beside(path: Path) -> Path:
     return path.with_suffix(".env")
-
-
-def command(path: Path, *, here: bool) -> str:
-    """The command line of a worker.
-
-    Args:
-        path: the parcel.
-        here: True when it runs on this machine: with this Python, in this folder.
-    """
-    module = f"-m llmnb.launch.worker {shlex.quote(str(path))}"
-    if not here:
-        return f"python {module}"
-    return (
-        f"cd {shlex.quote(os.getcwd())} && "
-        f"PYTHONPATH={shlex.quote(os.pathsep.join(import_paths()))} exec {shlex.quote(sys.executable)} {module}"
-    )
 
 
 def import_paths() -> list[str]:

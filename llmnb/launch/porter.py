@@ -87,7 +87,7 @@ def _read(path: Path) -> TrainJob:
 def _unready(path: Path) -> dict[str, Any] | None:
     """The parcel can be opened here, and the database be reached; else why not."""
     from llmnb.errors import DatabaseError
-    from llmnb.launch.away import open_for
+    from llmnb.launch.away import hidden_folder, open_for
     from llmnb.launch.heart import patiently
     from llmnb.launch.parcel import take_environment
 
@@ -103,12 +103,19 @@ def _unready(path: Path) -> dict[str, Any] | None:
     except (pickle.UnpicklingError, AttributeError, TypeError, ImportError) as error:
         return _fault("The cluster cannot read the job.", str(error), "use the same versions of packages on both")
     try:
-        patiently(lambda: open_for(job), _FIRST_ANSWER_S).close()
+        with patiently(lambda: open_for(job), _FIRST_ANSWER_S) as store:
+            hidden = None if job.away else hidden_folder(store.settings.artifacts)
     except DatabaseError as error:
         return _fault(
             "The cluster cannot reach the database.",
             f"{error.what} {error.seen or ''}".strip(),
             "give connect() an address that the cluster reaches; or log_to_db=False, which needs none",
+        )
+    if hidden:
+        return _fault(
+            "The cluster does not see the folder in which this database keeps checkpoints.",
+            hidden,
+            "connect(artifacts='gridfs') or 's3://…'; or mount that folder there; or log_to_db=False",
         )
     return None
 

@@ -67,27 +67,32 @@ def submit(job: TrainJob, store: Store) -> None:
     there = away.there_for(job, near(jobs))
     if there is None:
         _check_database(job, jobs)
+        away.show_folder(store.settings.artifacts)
     package = f"_ray_pkg_{uuid.uuid4().hex}.zip"
     sent = dataclasses.replace(job, workdir=f"{HOME_THERE}/runs", away=there, uri=None if there else job.uri)
     s3 = away.is_s3(there) or away.is_s3(store.settings.artifacts) or away.is_s3(away.storage_path(job))
     content = wrap(sent, package=package, needs=needs(job, s3), extras=extras(job, s3), s3=s3)
     known = {"job": job.submission, "ray_address": jobs.url, "package": package, "away": there, "courier": None}
     store.runs.update(job.run, **known)
+    with away.furnished(job, store, there):
+        jobs.put_package(package, content)
+        _submit(job, jobs, package)
     if there is not None:
-        away.furnish(job, store, there)
-    jobs.put_package(package, content)
+        away.ensure_courier(store, job.run)
+    threading.Thread(target=_watch, args=(store, job.run), name=f"llmnb-watch-{job.run}", daemon=True).start()
+
+
+def _submit(job: TrainJob, jobs: Jobs, package: str) -> None:
     apart = spread(job)  # its workers take what they need; the driver only waits
+    on_cpu = apart or job.config.arguments.get("use_cpu")
     jobs.submit(
         _ENTRYPOINT,
         id=job.submission,
         cpus=0.0 if apart else 1.0,
-        gpus=0.0 if apart or job.config.arguments.get("use_cpu") else float(min(jobs.gpus(), 1)),
+        gpus=0.0 if on_cpu else float(min(jobs.gpus(), 1)),
         metadata={"run": job.run},
         package=package,
     )
-    if there is not None:
-        away.ensure_courier(store, job.run)
-    threading.Thread(target=_watch, args=(store, job.run), name=f"llmnb-watch-{job.run}", daemon=True).start()
 
 
 def near(jobs: Jobs) -> bool:

@@ -1,4 +1,4 @@
-"""The notebook: magics, completion, errors in four lines, and the live view of a run.
+"""The notebook: magics, completion, errors in four lines, the training panel, and the live view of a run.
 
 ``load`` puts all of it into an IPython shell and ``unload`` takes all of it out again. Nothing heavy is imported
 before it is used: the kernel never needs torch, and the database is opened by the first magic that needs it. This

@@ -92,11 +92,12 @@ class Reporter:
         # With log_to_db=False only the record knows what was said elsewhere.
         self.spool = Spool(self.folder / "events.jsonl", at_least=known or int(record.get("last_seq") or 0))
         self.tells = True
-        if self.job.config.log_to_db:
+        if self.job.config.log_to_db or self.job.away:  # away, the courier brings them home
             self.shipper = Shipper(
                 self.spool,
                 lambda events: self.store.events.append(run, events, attempt),
                 start_after=known,
+                every=1.0 if self.job.away else 0.25,
                 describe=self.mask,
             )
 

@@ -16,7 +16,6 @@ import importlib
 import json
 import multiprocessing.util
 import os
-import random
 import select
 import signal
 import socket
@@ -192,6 +191,7 @@ def carry(path: Path, devices: Sequence[str]) -> int:
     Returns:
         The process's exit code.
     """
+    from ..engine import warm
     from . import worker
     from .reporting import own_folder
 
@@ -208,19 +208,11 @@ def carry(path: Path, devices: Sequence[str]) -> int:
     os.chdir(ticket.cwd)
     sys.path[:] = dict.fromkeys([*ticket.paths, *sys.path])
     importlib.invalidate_caches()
-    _other_random_numbers()
+    warm.reseed()
     code = worker.main([str(path / tickets.PARCEL)])
     if code == 0:  # nothing is left to record, also when the keeper is gone by now
         tickets.remove(path)
     return code
-
-
-def _other_random_numbers() -> None:
-    """Children of one zygote would all draw the same ones."""
-    from ..engine import warm
-
-    random.seed()
-    warm.reseed()
 
 
 def main() -> int:

@@ -278,11 +278,10 @@ def test_a_worker_that_is_killed_over_there_is_lost_within_seconds(foreign, db, 
     assert run.state == "lost" and run.error["seen"]
 
 
-@pytest.mark.parametrize("log_to_db", [True, False])
-def test_a_run_that_waits_for_its_turn_can_be_stopped(log_to_db, foreign, db, tmp_path):
+def test_a_run_that_waits_for_its_turn_can_be_stopped(foreign, db, tmp_path):
     other = foreign.jobs().submit("sleep 100", id=f"other-{uuid.uuid4().hex}", cpus=4.0, gpus=0.0, metadata={})
     try:
-        run = db.apply(model(tmp_path, foreign.url, log_to_db=log_to_db), wait=False)
+        run = db.apply(model(tmp_path, foreign.url), wait=False)
         time.sleep(1.0)
         assert run.state == "queued"
         run.stop()

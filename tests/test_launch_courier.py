@@ -127,6 +127,17 @@ def test_a_folder_that_is_gone_takes_nothing_with_it(sent, store, tmp_path, monk
     assert [c.step for c in store.checkpoints.list(run)] == [1]
 
 
+def test_a_courier_of_the_attempt_before_brings_nothing_into_the_next(sent, store, tmp_path):
+    one, there, run = sent
+    there.runs.transition(run, "queued", "running")
+    assert not one.round()
+    store.runs.transition(run, "running", "stopped", reason="killed")
+    store.runs.reopen(run, 1, away="file:///another")
+    there.events.append(run, [Metric(seq=1, step=1, values={"loss": 1.0})])
+    courier.work(one)  # it ends by itself
+    assert store.events.since(run) == [] and store.runs.get(run).get("courier") is None
+
+
 def test_a_letter_to_a_run_that_has_not_begun_keeps_it_from_beginning(sent, store, jobs):
     one, there, run = sent
     store.runs.ask(run, "stop")

@@ -55,9 +55,12 @@ class Courier:
             True when the run is over and everything is home.
 
         Raises:
-            LlmnbError: the database or the folder is away; nothing is lost, the next round does it again.
+            NotFound: the run, or its folder, is gone; or the run goes on in another one.
+        LlmnbError: the database or the folder is away; nothing is lost, the next round does it again.
         """
         ours = self.home.runs.get(self.run)
+        if ours.get("away") != self.there.url:
+            raise NotFound("folder of this attempt; the run goes on in", ours.get("away"))
         theirs = self.there.runs.get(self.run)  # before the events: a final state comes after the last of them
         self._carry_letter(ours)
         said = self.there.events.since(self.run, self.home.events.last_seq(self.run))

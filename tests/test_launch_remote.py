@@ -146,14 +146,15 @@ def test_no_secret_shows_and_the_parcel_is_gone_once_it_was_read(foreign, db, mo
         print("here:", os.environ.get("HF_TOKEN"), os.environ.get("HF_HOME"), os.environ.get("AWS_SECRET_ACCESS_KEY"))
         return text
 
-    run = db.apply(model(tmp_path, foreign.url, transform=looked, max_steps=60, logging_steps=1), wait=False)
+    run = db.apply(model(tmp_path, foreign.url, transform=looked, max_steps=100_000, save_steps=100_000), wait=False)
     package = run.record["package"]
     wait_for(lambda: run.state == "running")
+    wait_for(lambda: stored_package(foreign, package) == wrapping.EMPTY)  # Ray keeps it for as long as the job runs
     lines = " ".join(" ".join(process.cmdline()) for process in foreign.processes())
     environs = [json.dumps(process.environ()) for process in foreign.processes()]
     assert "porter.py" in lines
+    run.stop()
     run.wait(60)
-    wait_for(lambda: stored_package(foreign, package) == wrapping.EMPTY)
     assert "here: hf_atokenofmine None None" in run.logs(1000)
 
     texts = {"command lines": lines, "environments": " ".join(environs), "record": json.dumps(run.record, default=str)}
@@ -257,7 +258,7 @@ def test_what_the_cluster_lacks_is_named_on_the_record_though_nobody_waits(
     with pytest.raises(RunError, match=re.escape(told["what"])):
         run.wait(5)
     if fault == "no llmnb":  # nothing there could overwrite it
-        wait_for(lambda: stored_package(foreign, run.record["package"]) == wrapping.EMPTY)
+        wait_for(lambda: stored_package(foreign, run.record["package"]) in (wrapping.EMPTY, b"nothing"))
 
 
 def test_the_worker_says_itself_that_versions_differ(foreign, db, tmp_path, monkeypatch):
@@ -286,7 +287,7 @@ def test_a_run_that_waits_for_its_turn_can_be_stopped(foreign, db, tmp_path):
         assert run.state == "queued"
         run.stop()
         assert run.wait(60).state == "stopped"
-        assert stored_package(foreign, run.record["package"]) == wrapping.EMPTY
+        assert stored_package(foreign, run.record["package"]) in (wrapping.EMPTY, b"nothing")
     finally:
         foreign.jobs().stop(other)
     assert wait_for(lambda: foreign.jobs().info(run.id)["status"] == "STOPPED")

@@ -24,6 +24,8 @@ __all__ = ["SAYS", "main", "missing"]
 SAYS = "llmnb-says: "
 # How long the database may take to answer the first time, seconds. Later a run waits much longer for it.
 _FIRST_ANSWER_S = 10.0
+# How long the end of the job waits for its parcel to be overwritten, seconds.
+_FORGET_S = 60.0
 
 
 def main() -> int:
@@ -43,13 +45,13 @@ def main() -> int:
         code = work([str(path)])
         if code == 0:
             _tidy(job)
-        cleaner.join(15.0)
+        cleaner.join(_FORGET_S)
         return code
     for left in (path, here / "job.env"):
         left.unlink(missing_ok=True)
     print(SAYS + json.dumps(fault), flush=True)
     _record(note, fault)
-    cleaner.join(15.0)
+    cleaner.join(_FORGET_S)
     return 1
 
 

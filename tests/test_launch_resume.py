@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import fake_engine
+import psutil
 import pytest
 
 from llmnb import LLM, Collection, LLMTrainer, connect
@@ -21,7 +23,7 @@ from llmnb.checkpoint import Checkpoint
 from llmnb.config import TrainConfig
 from llmnb.errors import AdapterMismatch, ConfigError, DataError, LaunchError, RunError
 from llmnb.events import CheckpointSaved, Metric, Note, StateChanged
-from llmnb.launch import rayconfigs, worker
+from llmnb.launch import cluster, rayconfigs, runner, worker
 from llmnb.launch.heart import Heart
 from llmnb.launch.said import Said
 from llmnb.launch.spool import Spool, read
@@ -507,3 +509,102 @@ def test_trap21_trap22_n_steps_are_k_and_the_rest_from_a_new_process(mongo_uri, 
     assert runs["killed-full"].events()[: len(said)] == said
     assert any("goes on after step 5" in text for text in notes(runs["killed-full"]))
     db.close()
+
+
+# -- several workers -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A home folder with a runner and a cluster of its own, ended afterwards."""
+    home = tmp_path_factory.mktemp("ray") / "home"
+    yield home
+    runner.stop(home, patience=2.0)
+    assert not cluster._marked(cluster._mark(home))
+
+
+@pytest.fixture
+def served(mongo_uri, home):
+    """A database on a server, whose runs may be in the background; with rows of uneven length."""
+    db = connect(mongo_uri, home=home)
+    rows = [{"text": f"{i}+1={i + 1} " + "the cat sat " * (i % 5), "_fold": "train"} for i in range(35)]
+    db.execute(Collection("sums").insert_many(rows))
+    yield db
+    for record in db.store.runs.list():
+        if record["state"] not in ("done", "failed", "stopped", "lost"):
+            db.run(record["_id"]).kill()
+    db.close()
+
+
+def on_two(tmp_path, base, **changes) -> LLM:
+    settings = {
+        "num_gpus": 2,
+        "max_seq_length": 64,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "lora_dropout": 0.1,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 8,
+        "logging_steps": 1,
+        "save_steps": 4,
+    }
+    return model(tmp_path, base, **{**settings, **changes})
+
+
+def wait_for(what, limit: float = 240.0):
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        found = what()
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError("waited too long")
+
+
+def ranks_of(home) -> set[int]:
+    """Processes that train as a rank."""
+    found = set()
+    for process in cluster._marked(cluster._mark(home)):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[0].startswith("ray::RayTrainWorker"):
+                found.add(process.pid)
+    return found
+
+
+def loss_curve(run) -> dict[int, float]:
+    return {m["step"]: m["loss"] for m in run.metrics()}
+
+
+@pytest.mark.ray
+@pytest.mark.mongod
+@pytest.mark.slow
+@pytest.mark.timeout(1500)  # five starts of workers; each took a minute and more on a machine with ten times its load
+def test_trap21_killed_ranks_go_on_by_themselves_and_the_run_further_than_planned(served, home, tiny_llama, tmp_path):
+    """kill -9 of rank 0, then of rank 1, on two workers; then resumed from the database alone. Tolerance: 1e-6."""
+    from ray.train import FailureConfig, RunConfig
+
+    db = served
+    whole = db.apply(on_two(tmp_path, tiny_llama, max_steps=24), progress=False)
+    again = {"run_config": RunConfig(failure_config=FailureConfig(max_failures=3))}
+    run = db.apply(on_two(tmp_path, tiny_llama, max_steps=20, ray_configs=again), wait=False)
+    seen = set()
+    for starts, victim in ((1, 0), (2, 1)):
+        wait_for(lambda starts=starts: run.state == "failed" or (run.record.get("rank0") or {}).get("starts") == starts)
+        wait_for(lambda starts=starts: run.state == "failed" or len(run.checkpoints()) >= starts)
+        rank0 = run.record["rank0"]["pid"]
+        pid = rank0 if victim == 0 else (ranks_of(home) - {rank0}).pop()
+        os.kill(pid, signal.SIGKILL)
+        seen.add(pid)
+    run.wait(400)
+    assert run.state == "done" and len(seen) == 2
+    assert gapless(run) and states(run) == ["starting", "running", "done"]
+    again = [text for text in notes(run) if "started the workers again" in text]
+    assert len(again) == 2 and "(1). The run goes on after step" in again[0] and "(2)" in again[1], notes(run)
+    assert run.events() == read(Path(run.record["workdir"]) / "events.jsonl")
+    saved = [event.step for event in run.events() if isinstance(event, CheckpointSaved)]
+    assert saved == [4, 8, 12, 16, 20] == [c.step for c in run.checkpoints()]
+
+    run.resume(max_steps=24, wait=True)
+    ours, theirs = loss_curve(run), loss_curve(whole)
+    assert list(ours) == list(theirs) == list(range(1, 25)) and gapless(run)
+    assert max(abs(ours[step] - theirs[step]) for step in ours) < 1e-6

@@ -30,8 +30,8 @@ MODULES = (
     "llmnb.engine.loop",
     "llmnb.engine.callbacks",
 )
-# Accelerate imports it for every run where it is installed.
-EXTRAS = ("deepspeed",)
+# What accelerate and peft import for every run where it is installed.
+EXTRAS = ("deepspeed", "peft.tuners.lora.bnb", "peft.utils.transformers_weight_conversion")
 
 
 def warm(names: Iterable[str] = MODULES) -> None:

@@ -93,7 +93,7 @@ def opened_in(page):
 
 
 def test_from_an_empty_notebook_to_a_curve_with_the_keyboard(driver, tmp_path, tickets, tiny_llama):
-    from llmnb.launch import cluster
+    from llmnb.launch import runner
 
     home = tmp_path / "home"
     try:
@@ -191,7 +191,7 @@ def test_from_an_empty_notebook_to_a_curve_with_the_keyboard(driver, tmp_path, t
             assert "%llm_train --model" in stays and "not found" not in stays
             assert page.faults() == []
     finally:
-        cluster.stop(home)
+        runner.stop(home)
     from llmnb import connect
 
     with connect(tickets).store as store:

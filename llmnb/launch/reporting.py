@@ -24,6 +24,7 @@ from .keeping import to_remove
 from .masking import Mask
 from .said import Said
 from .spool import Shipper, Spool, read
+from .storing import Storer
 
 if TYPE_CHECKING:
     from ..store import Store
@@ -76,6 +77,7 @@ class Reporter:
         self.restarts = 0
         self.tells = self.training = self.interrupted = False
         self.best: int | None = None
+        self._storer: Storer | None = None
         given = thaw(job.config.arguments)
         self.limit: int | None = given.get("save_total_limit")
         self.chooses_best = bool(
@@ -128,17 +130,28 @@ class Reporter:
         )
         from ..engine.training import train  # heavy, so after everything that can fail quickly
 
-        return train(
-            self.job.model,
-            self.job.config,
-            data,
-            hooks,
-            workdir=self.folder,
-            adapter=adapter,
-            resume=resume,
-            transform=self.job.transform,
-            trainer_kwargs=dict(self.job.trainer_kwargs) or None,
-        )
+        try:
+            result = train(
+                self.job.model,
+                self.job.config,
+                data,
+                hooks,
+                workdir=self.folder,
+                adapter=adapter,
+                resume=resume,
+                transform=self.job.transform,
+                trainer_kwargs=dict(self.job.trainer_kwargs) or None,
+            )
+        except BaseException:
+            with contextlib.suppress(Exception):  # the training's own fault is the one to tell
+                self._finish_storing(min(self.patience, 30.0))
+            raise
+        self._finish_storing(self.patience)
+        return result
+
+    def _finish_storing(self, patience: float) -> None:
+        if self._storer is not None:
+            self._storer.finish(patience)
 
     # -- what it needs ---------------------------------------------------------------------------------------
 
@@ -288,6 +301,15 @@ class Reporter:
     def _checkpoint(
         self, folder: Path, step: int, metrics: dict[str, float], kind: str, base_fingerprint: str, best: bool
     ) -> None:
+        if self._storer is None:
+            self._storer = Storer(self._store, self.folder / "storing", lambda: self.heart.letter == "kill")
+        facts = {"step": step, "metrics": metrics, "kind": kind, "base_fingerprint": base_fingerprint, "best": best}
+        self._storer.take(Path(folder), **facts)
+
+    def _store(
+        self, folder: Path, step: int, metrics: dict[str, float], kind: str, base_fingerprint: str, best: bool
+    ) -> None:
+        """On the storer's thread."""
         run = self.job.run
         if not self._patiently(lambda: self.store.runs.holds(run, self.job.attempt)):
             return  # another worker carries the run out by now, and these steps are its
@@ -295,7 +317,7 @@ class Reporter:
             lambda: self.store.checkpoints.put(
                 run,
                 step,
-                Path(folder),
+                folder,
                 kind=kind,
                 metrics=metrics,
                 base=self.job.model.model_name_or_path,

@@ -186,3 +186,15 @@ def test_gpus_that_are_hidden_are_not_counted(monkeypatch):
     machine.gpus_visible.cache_clear()
     assert machine.gpus_visible() == len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     machine.gpus_visible.cache_clear()
+
+
+@pytest.mark.ray
+def test_a_storage_path_that_ray_made_up_is_none_of_the_person_s(tmp_path):
+    """Ray fills in a folder of the home, where a person said nothing: nothing of a run may lie there."""
+    from ray.train import FailureConfig, RunConfig
+
+    from llmnb.launch.rayconfigs import storage_path
+
+    assert storage_path(None) is None
+    assert storage_path(RunConfig(failure_config=FailureConfig(max_failures=1))) is None
+    assert storage_path(RunConfig(storage_path=str(tmp_path))) == str(tmp_path)

@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ..checkpoint import Checkpoint
 from ..errors import ConfigError, Fault, LlmnbError
 from .parcel import import_paths
+from .rayconfigs import storage_path
 
 try:
     import fcntl
@@ -39,7 +40,6 @@ __all__ = [
     "is_s3",
     "open_for",
     "show_folder",
-    "storage_path",
     "there_for",
 ]
 
@@ -51,12 +51,6 @@ _started: dict[str, float] = {}
 def is_s3(url: str | None) -> bool:
     """True for an address of S3."""
     return str(url or "").startswith(("s3://", "s3a://"))
-
-
-def storage_path(job: TrainJob) -> str | None:
-    """The storage path of the person's ``RunConfig``."""
-    path = getattr(job.ray_configs.get("run_config"), "storage_path", None)
-    return None if path is None else str(path)
 
 
 def there_for(job: TrainJob, near: bool) -> str | None:
@@ -71,7 +65,7 @@ def there_for(job: TrainJob, near: bool) -> str | None:
     """
     if job.config.log_to_db:
         return None
-    path = storage_path(job)
+    path = storage_path(job.ray_configs.get("run_config"))
     if path is None and not near:
         todo = "ray_configs={'run_config': RunConfig(storage_path='s3://bucket/folder')}, or a folder that both mount"
         raise ConfigError([Fault("log_to_db", "is False, and no storage is given that the cluster shares", todo)])

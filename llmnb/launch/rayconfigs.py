@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import ConfigError, Fault
 
-__all__ = ["described", "rebuilt"]
+__all__ = ["described", "rebuilt", "storage_path"]
 
 # The classes that ``ray_configs`` may hold, each with where it is found.
 _CLASSES = {
@@ -96,7 +96,7 @@ def _is_empty(value: Any) -> bool:
 def _is_made_up(name: str, value: Any) -> bool:
     """Ray fills these in where a person named none: today's date, and a folder of this machine."""
     made = name == "name" and str(value).startswith("ray_train_run-")
-    return made or (name == "storage_path" and value == os.path.expanduser("~/ray_results"))
+    return made or (name == "storage_path" and value == _default_storage())
 
 
 def _object(value: Any) -> Any:
@@ -106,3 +106,13 @@ def _object(value: Any) -> Any:
 
     cls = getattr(importlib.import_module(_CLASSES[value["class"]]), value["class"])
     return cls(**{name: _object(item) for name, item in value.items() if name != "class"})
+
+
+def storage_path(run_config: Any) -> str | None:
+    """The storage path that a person gave to a ``RunConfig``; None for none of theirs."""
+    path = getattr(run_config, "storage_path", None)
+    return None if path is None or str(path) == _default_storage() else str(path)
+
+
+def _default_storage() -> str:
+    return os.path.expanduser("~/ray_results")  # what Ray fills in: one folder for all projects of a person

@@ -28,6 +28,7 @@ from ..errors import LaunchError, LlmnbError, MissingPackage
 from .jobs import ENDED, LOOPBACK, Jobs, at, token
 from .layout import spread
 from .porter import SAYS
+from .rayconfigs import storage_path
 from .wrapping import EMPTY, HOME_THERE, wrap
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def submit(job: TrainJob, store: Store) -> None:
         away.show_folder(store.settings.artifacts)
     package = f"_ray_pkg_{uuid.uuid4().hex}.zip"
     sent = dataclasses.replace(job, workdir=f"{HOME_THERE}/runs", away=there, uri=None if there else job.uri)
-    s3 = away.is_s3(there) or away.is_s3(store.settings.artifacts) or away.is_s3(away.storage_path(job))
+    places = (there, store.settings.artifacts, storage_path(job.ray_configs.get("run_config")))
+    s3 = any(away.is_s3(place) for place in places)
     content = wrap(sent, package=package, needs=needs(job, s3), extras=extras(job, s3), s3=s3)
     known = {"job": job.submission, "ray_address": jobs.url, "package": package, "away": there, "courier": None}
     store.runs.update(job.run, **known)

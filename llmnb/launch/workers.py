@@ -35,6 +35,7 @@ from .heart import patiently
 from .layout import SLOT
 from .masking import Mask
 from .parcel import environment
+from .rayconfigs import storage_path
 from .reporting import Reporter, own_folder, tokens_of, told_of
 from .room import NODE, asked_by, lacking
 from .tickets import memory_kills
@@ -150,9 +151,10 @@ def _trainer(work: _Work, ray: Any) -> Any:
     job = work.job
     configs = dict(job.ray_configs)
     configs["scaling_config"] = _scaling(job, ray.cluster_resources(), work.say)
-    if configs.get("run_config") is None:
-        configs["run_config"] = RunConfig(name=job.run, storage_path=str(work.folder / "ray"))
-    configs["run_config"] = with_filesystem(configs["run_config"])
+    own = configs.get("run_config") or RunConfig(name=job.run)
+    if storage_path(own) is None:
+        own = dataclasses.replace(own, storage_path=str(work.folder / "ray"))
+    configs["run_config"] = with_filesystem(own)
     sealed = _seal(job, work.folder)
 
     def train_as_one_rank() -> dict[str, Any]:

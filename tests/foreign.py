@@ -121,6 +121,19 @@ class Foreign:
             command, env=self.env, cwd=self.cwd, capture_output=True, text=True, timeout=180, check=False
         )
 
+    def join(self, home: Path, *, cpus: int = 4) -> None:
+        """A second node, whose ``~`` is ``home``; its processes carry ``MARK`` too."""
+        home.mkdir(parents=True)
+        agent, grpc, metrics, envs = _free_ports(4)
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={self.address}"]
+        command += ["--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={agent}"]
+        command += [f"--dashboard-agent-grpc-port={grpc}", f"--metrics-export-port={metrics}"]
+        command += [f"--runtime-env-agent-port={envs}"]
+        command += ["--disable-usage-stats", "--object-store-memory=80000000"]
+        env = {**self.env, "HOME": str(home)}
+        done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=180, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
     def switch(self, name: str, text: str | None = "") -> None:
         """Turns ``without_torch`` or ``wall`` on, or off with None, for processes that start from now on."""
         if text is None:

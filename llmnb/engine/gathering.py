@@ -36,8 +36,18 @@ def bring_together(folder: Path, device: Any) -> bool:
     if dist.get_rank() == 0:
         seen.touch()
     dist.barrier()
-    # One rank speaks for all of its machine.
-    sends = not seen.exists() and os.environ.get("LOCAL_RANK", "0") == "0"
+    sends = False
+    if not seen.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{seen.name}-{dist.get_rank():05d}").touch()
+    dist.barrier()
+    if not seen.exists():  # of several that see one folder, the first speaks for it
+        marks = sorted(folder.glob(f"{seen.name}-*"))
+        sends = marks[0].name.endswith(f"-{dist.get_rank():05d}")
+    dist.barrier()
+    if sends:
+        for own in folder.glob(f"{seen.name}-*"):
+            own.unlink()
     files = _files(folder) if sends else []
     listed: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(listed, (seen.exists(), files))

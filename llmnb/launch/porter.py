@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -42,6 +43,7 @@ def main() -> int:
         from llmnb.launch.worker import main as work
 
         job = _read(path)
+        os.chdir(Path.home())  # the parcel's folder is Ray's, which may remove it once nobody asks for the parcel
         code = work([str(path)])
         if code == 0:
             _tidy(job)

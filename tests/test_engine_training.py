@@ -707,6 +707,16 @@ def test_out_of_memory_is_explained(tmp_path):
     assert "gradient_accumulation_steps" in str(caught.value) and "bits=4" in str(caught.value)
 
 
+def test_a_full_disk_is_explained(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("basic_ios::clear: iostream error")  # torch.save's own words for it
+
+    monkeypatch.setattr(torch, "save", refuse)
+    with pytest.raises(RunError, match="disk of the run's folder is full") as caught:
+        train(tmp_path, save_strategy="steps", save_steps=2)
+    assert "run.resume()" in caught.value.todo
+
+
 @pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length", "batch_rebalance"])
 def test_every_sampling_strategy_sees_every_row(strategy, tmp_path):
     run = train(tmp_path, train_sampling_strategy=strategy, max_steps=None, num_train_epochs=1)

@@ -536,3 +536,13 @@ def test_the_count_note_travels(store, tmp_path, engine):
     worker.work(job, store=store)
     (note,) = [event for event in Run(store, job.run).events() if isinstance(event, Note)]
     assert note.text == "8 rows, 4 steps" and note.data["rows"] == 8
+
+
+def test_a_mark_that_a_full_disk_refused_is_nobody_s(tmp_path):
+    from llmnb.launch.worker import _claim
+
+    (tmp_path / "run").touch()
+    _claim(tmp_path, "a")
+    assert (tmp_path / "run").read_text().strip() == "a"
+    with pytest.raises(LaunchError, match="belongs to another run"):
+        _claim(tmp_path, "b")

@@ -23,6 +23,8 @@ from .memory import forget, give_back
 __all__ = ["Hooks", "TrainResult", "train"]
 
 Source = Callable[[], Iterable[Mapping[str, Any]]]
+# What a full disk is to the system, and to torch.save, which has no errno.
+_DISK_FULL = ("no space left on device", "iostream error", "pytorchstreamwriter failed")
 
 
 def train(
@@ -431,10 +433,13 @@ def _evaluated(rows: dict[str, Any], plan: Plan, tokenizer: Any, keeps_logits: b
 
 
 def _explained(error: BaseException, config: TrainConfig) -> BaseException:
-    """Out of memory in words; every other error as it is."""
+    """Out of memory, or of disk, in words; every other error as it is."""
     import torch
 
     text = str(error).lower()
+    if any(words in text for words in _DISK_FULL):
+        todo = "make room there, then run.resume(); or output_dir on another disk, or save_total_limit"
+        return RunError("The disk of the run's folder is full.", seen=str(error).splitlines()[0], todo=todo)
     full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     if not full and not (isinstance(error, RuntimeError) and "can't allocate memory" in text):
         return error

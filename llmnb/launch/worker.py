@@ -207,7 +207,8 @@ def _claim(folder: Path, run: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         mark = folder / "run"
-        if mark.exists() and mark.read_text(encoding="utf-8").strip() != run:
+        # An empty mark is one that a full disk refused: nobody's.
+        if mark.exists() and mark.read_text(encoding="utf-8").strip() not in ("", run):
             raise LaunchError(f"The folder of run {run} belongs to another run.", seen=str(folder))
         mark.write_text(run + "\n", encoding="utf-8")
     except OSError as error:

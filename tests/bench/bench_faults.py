@@ -329,6 +329,8 @@ def _small_disk(bench: Bench) -> Iterator[Path]:
 def disk(bench: Bench, number: int) -> Run:
     """The disk of the run's folder is full for a moment."""
     del number
+    for former in bench.small.iterdir():  # type: ignore[attr-defined]
+        shutil.rmtree(former)
     run = bench.start(output_dir=str(bench.small))  # type: ignore[attr-defined]
     bench.moment()
     hog = bench.small / "hog"  # type: ignore[attr-defined]

@@ -271,12 +271,17 @@ def kernel(bench: Bench, number: int) -> Run | None:
     return Run(bench.db.store, found[0]["_id"]) if found else None  # killed before anything was recorded
 
 
+def _of_the_run(bench: Bench, number: int, workers: int, who: str) -> Run:
+    """A process that the run's record names."""
+    run = bench.start(workers)
+    bench.moment(workers)
+    _signal((run.record.get(who) or {}).get("pid"), number)
+    return run
+
+
 def worker(bench: Bench, number: int) -> Run:
     """The process that trains."""
-    run = bench.start()
-    bench.moment()
-    _signal((run.record.get("owner") or {}).get("pid"), number)
-    return run
+    return _of_the_run(bench, number, 1, "owner")
 
 
 def _of_the_runner(bench: Bench, number: int, who: str) -> Run:
@@ -382,18 +387,12 @@ def two_applies(bench: Bench, number: int) -> Run:
 
 def rank(bench: Bench, number: int) -> Run:
     """Rank 0 of a run of two workers."""
-    run = bench.start(2)
-    bench.moment(2)
-    _signal((run.record.get("rank0") or {}).get("pid"), number)
-    return run
+    return _of_the_run(bench, number, 2, "rank0")
 
 
 def driver(bench: Bench, number: int) -> Run:
     """The driver of a run of two workers."""
-    run = bench.start(2)
-    bench.moment(2)
-    _signal((run.record.get("owner") or {}).get("pid"), number)
-    return run
+    return _of_the_run(bench, number, 2, "owner")
 
 
 def head(bench: Bench, number: int) -> Run:

@@ -16,24 +16,32 @@ class Server:
     """Attributes: ``env``: what a client needs in its environment; ``port``."""
 
     def __init__(self) -> None:
-        (self.port,) = _free_ports(1)
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(3):  # a port that was free may be taken a moment later
+            (self.port,) = _free_ports(1)
+            if self._start():
+                break
+        else:
+            raise AssertionError("the S3 server does not start")
         self.env = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
             "AWS_ACCESS_KEY_ID": "a-key-for-tests",
             "AWS_SECRET_ACCESS_KEY": "a-secret-for-tests",
             "AWS_DEFAULT_REGION": "us-east-1",
         }
+        self.client().create_bucket(Bucket=BUCKET)
+
+    def _start(self) -> bool:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         end = time.monotonic() + 60
-        while True:
+        while self.process.poll() is None and time.monotonic() < end:
             try:
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                break
+                return True
             except OSError:
-                assert self.process.poll() is None and time.monotonic() < end, "the S3 server does not start"
                 time.sleep(0.1)
-        self.client().create_bucket(Bucket=BUCKET)
+        self.process.kill()
+        return False
 
     def client(self):
         import boto3

@@ -150,3 +150,18 @@ def weights(folder: Path) -> dict[str, Any]:
 
 
 __all__ = ["Drill", "chats", "folder_of", "pairs", "texts", "train", "weights"]
+
+
+def gradients_of_steps() -> Any:
+    """A callback whose ``gradients`` are those of each step, by the parameter's name."""
+    from transformers import TrainerCallback
+
+    class Watched(TrainerCallback):
+        def __init__(self) -> None:
+            self.gradients: list[dict[str, Any]] = []
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+            found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+            self.gradients.append(found)
+
+    return Watched()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from drill import folder_of, pairs, train
+from drill import folder_of, gradients_of_steps, pairs, train
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -40,16 +40,8 @@ def made(head, folder):
     return folder
 
 
-class Watched(transformers.TrainerCallback):
-    def __init__(self):
-        self.gradients = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-
 def observed(folder, base, packed, **arguments):
-    watched = Watched()
+    watched = gradients_of_steps()
     drill = train(
         folder,
         base=base,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from drill import folder_of, pairs, train
+from drill import folder_of, gradients_of_steps, pairs, train
 from tiny import FAMILIES
 
 from llmnb.errors import ConfigError
@@ -21,19 +21,8 @@ def logits_of(model, ids, places):
         return model(input_ids=torch.tensor([ids]), position_ids=torch.tensor([places]), use_cache=False).logits[0]
 
 
-class Watched(transformers.TrainerCallback):
-    """The gradient of each step."""
-
-    def __init__(self):
-        self.gradients = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        parts = [p.grad.detach().flatten() for p in model.parameters() if p.grad is not None]
-        self.gradients.append(torch.cat(parts).clone())
-
-
 def observed(folder, *, packed, family="llama", lora=False, base=None, **options):
-    watched = Watched()
+    watched = gradients_of_steps()
     drill = train(
         folder,
         base=base or folder_of(family),
@@ -47,7 +36,7 @@ def observed(folder, *, packed, family="llama", lora=False, base=None, **options
         logging_steps=1,
         **options,
     )
-    return drill, watched.gradients
+    return drill, [torch.cat([g.flatten() for g in step.values()]) for step in watched.gradients]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,6 +17,7 @@ arguments      the settings of a run → ``transformers.TrainingArguments``
 order          which rows come when, on how many ranks
 loop           our subclass of ``transformers.Trainer``
 callbacks      what happens between steps: counts, stop, kill, patience
+explaining     full memory and full disks, in words
 faults         NaN and Inf: where they began, and why
 hooks          what a run calls out, and what it gives back
 training       ``train``: everything above, in order

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ModelSpec, TrainConfig
-from ..errors import ConfigError, Fault, ModelError, RunError
+from ..errors import ConfigError, Fault, ModelError
 from ..events import Note
 from . import adapters, bases, manifest
 from .arguments import Plan, make_plan, trainer_options
+from .explaining import explained
 from .hooks import Hooks, TrainResult
 from .memory import forget, give_back
 
 __all__ = ["Hooks", "TrainResult", "train"]
 
 Source = Callable[[], Iterable[Mapping[str, Any]]]
-# What a full disk is to the system, and to torch.save, which has no errno.
-_DISK_FULL = ("no space left on device", "iostream error", "pytorchstreamwriter failed")
 
 
 def train(
@@ -71,11 +70,11 @@ def train(
     try:
         return run.go(data, adapter, resume, transform, trainer_kwargs)
     except BaseException as error:
-        explained = _explained(error, config)
+        told = explained(error, config)
         forget(error)
-        if explained is error:
+        if told is error:
             raise
-        raise explained from None
+        raise told from None
     finally:
         run.close()
 
@@ -430,24 +429,3 @@ def _evaluated(rows: dict[str, Any], plan: Plan, tokenizer: Any, keeps_logits: b
     if not sets:
         return None
     return sets["valid"] if list(sets) == ["valid"] else sets
-
-
-def _explained(error: BaseException, config: TrainConfig) -> BaseException:
-    """Out of memory, or of disk, in words; every other error as it is."""
-    import torch
-
-    text = str(error).lower()
-    if any(words in text for words in _DISK_FULL):
-        todo = "make room there, then run.resume(); or output_dir on another disk, or save_total_limit"
-        return RunError("The disk of the run's folder is full.", seen=str(error).splitlines()[0], todo=todo)
-    full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if not full and not (isinstance(error, RuntimeError) and "can't allocate memory" in text):
-        return error
-    ideas = [
-        "per_device_train_batch_size=1 with gradient_accumulation_steps to match",
-        f"max_seq_length below {config.max_seq_length}",
-        "activation_checkpointing=True",
-    ]
-    if config.bits is None:
-        ideas.append("bits=4" if config.use_lora else "use_lora=True")
-    return RunError("The run ran out of memory.", seen=str(error).splitlines()[0], todo="try " + ", ".join(ideas))

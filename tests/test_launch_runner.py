@@ -349,6 +349,20 @@ def test_a_process_that_cannot_be_forked_is_not(mongo_uri, tmp_path, monkeypatch
         other.close()
 
 
+def test_a_farewell_that_hangs_holds_no_memory_for_ever():
+    lines = (
+        "import atexit, time",
+        "from llmnb.launch import zygote",
+        "zygote._FAILED_LIMIT_S = 0.3",
+        "atexit.register(time.sleep, 60)",
+        "zygote._limit_the_end(7)",
+        "zygote._wind_up()",
+    )
+    began = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False).returncode == 7
+    assert time.monotonic() - began < 30
+
+
 def test_two_callers_at_once_get_one_runner(tmp_path):
     code = "import sys; from pathlib import Path; from llmnb.launch import runner; "
     code += "print(runner._told(Path(sys.argv[1]), {'do': 'look'})['keeper'])"

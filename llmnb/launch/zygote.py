@@ -33,6 +33,7 @@ __all__ = ["Zygote", "carry", "main"]
 
 HELD = 75  # another process carries the run out already (EX_TEMPFAIL)
 _NOT_BEGUN = 70  # EX_SOFTWARE
+_END_LIMIT_S, _FAILED_LIMIT_S = 60.0, 5.0
 # What an imported library would start threads for: pools that a forked child could not use.
 _NO_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 _NO_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -161,10 +162,13 @@ def _as_child(path: Path, devices: Sequence[str], known: set[str], tell: int) ->
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setsid()
     gc.enable()
+    code = _NOT_BEGUN
     try:
-        return carry(path, devices)
+        code = carry(path, devices)
+        return code
     finally:
         os.write(tell, json.dumps(_lessons(known)).encode()[:_MOST_TOLD])
+        _limit_the_end(code)
         _wind_up()
 
 
@@ -172,6 +176,16 @@ def _wind_up() -> None:
     """What Python does at the end of a process, and ``os._exit`` does not."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
+
+
+def _limit_the_end(code: int) -> None:
+    """The run's end is recorded; what libraries do at a process's end must not hold its memory for long.
+
+    With its head killed, Ray's farewell took longer than 15 s.
+    """
+    timer = threading.Timer(_FAILED_LIMIT_S if code else _END_LIMIT_S, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 def _lessons(known: set[str]) -> list[str]:
@@ -220,7 +234,9 @@ def main() -> int:
     if sys.path[0] == os.getcwd():
         sys.path.pop(0)  # the folder that it was started in
     if sys.argv[1] == "alone":
-        return carry(Path(sys.argv[2]), [device for device in sys.argv[3].split(",") if device])
+        code = carry(Path(sys.argv[2]), [device for device in sys.argv[3].split(",") if device])
+        _limit_the_end(code)
+        return code
     for name, value in (_NO_THREADS | _NO_CUDA).items():
         os.environ.setdefault(name, value)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

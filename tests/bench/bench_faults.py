@@ -42,6 +42,11 @@ from llmnb.store import embedded, open_store
 
 STEPS, SAVE_STEPS = 60, 10
 LIMIT_S = 240.0
+Plan = int | str  # workers, or a stage of ZeRO on two of them
+ZERO = {"zero2": 2, "zero3": 3}
+AUTO = dict.fromkeys(
+    ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+)
 
 KERNEL = """
 import sys, time
@@ -88,8 +93,8 @@ class Bench:
         self.db = connect(home=self.home)
         rows = [{"_id": i, "text": f"{i} and {i * 7} make {i * 8}", "_fold": "train"} for i in range(64)]
         self.db.execute(Collection("rows").insert_many(rows))
-        self.losses: dict[int, dict[int, float]] = {}
-        self.seconds: dict[int, float] = {}
+        self.losses: dict[Plan, dict[int, float]] = {}
+        self.seconds: dict[Plan, float] = {}
 
     def close(self) -> None:
         """Ends everything that was started."""
@@ -100,8 +105,9 @@ class Bench:
 
     # -- runs ------------------------------------------------------------------------------------------------
 
-    def model(self, name: str, workers: int, **changes: Any) -> LLM:
+    def model(self, name: str, plan: Plan, **changes: Any) -> LLM:
         """The model of a round, untrained."""
+        workers = 1 if plan == 1 else 2
         settings: dict[str, Any] = dict(
             select=Collection("rows").find(),
             key="text",
@@ -114,12 +120,13 @@ class Bench:
             use_cpu=True,
             lora_dropout=0.1,
             num_gpus=workers if workers > 1 else None,
+            deepspeed={**AUTO, "zero_optimization": {"stage": ZERO[plan]}} if plan in ZERO else None,
         )
         return LLM(name, self.base, trainer=LLMTrainer("t", **{**settings, **changes}))
 
-    def start(self, workers: int = 1, **changes: Any) -> Run:
+    def start(self, plan: Plan = 1, **changes: Any) -> Run:
         """A background run."""
-        return self.db.apply(self.model(f"m{self.random.getrandbits(40):x}", workers, **changes), wait=False)
+        return self.db.apply(self.model(f"m{self.random.getrandbits(40):x}", plan, **changes), wait=False)
 
     def writable(self) -> None:
         """Waits until the database takes writes again."""
@@ -130,18 +137,18 @@ class Bench:
                 return
             time.sleep(0.2)
 
-    def reference(self, workers: int) -> None:
+    def reference(self, plan: Plan) -> None:
         """Losses and seconds of a run that nothing is done to; the second one, which starts warm."""
         for _ in range(2):
             begin = time.monotonic()
-            run = self.start(workers)
+            run = self.start(plan)
             run.wait(timeout=LIMIT_S)
-            self.seconds[workers] = time.monotonic() - begin
-        self.losses[workers] = {p["step"]: p["loss"] for p in run.metrics() if "loss" in p}
+            self.seconds[plan] = time.monotonic() - begin
+        self.losses[plan] = {p["step"]: p["loss"] for p in run.metrics() if "loss" in p}
 
-    def moment(self, workers: int = 1) -> float:
+    def moment(self, plan: Plan = 1) -> float:
         """Sleeps until a random moment of a run's life."""
-        seconds = self.random.uniform(0.0, 0.9 * self.seconds[workers])
+        seconds = self.random.uniform(0.0, 0.9 * self.seconds[plan])
         time.sleep(seconds)
         return seconds
 
@@ -157,7 +164,7 @@ class Bench:
             time.sleep(0.2)
         return run.state
 
-    def judge(self, run: Run, tally: Tally, workers: int = 1, resumed: bool = True) -> None:
+    def judge(self, run: Run, tally: Tally, plan: Plan = 1, resumed: bool = True) -> None:
         """Every promise of one run."""
         state = self.ended(run)
         tally.rounds += 1
@@ -171,9 +178,9 @@ class Bench:
             if after != "done":
                 tally.untrue += 1
                 problems.append(f"resumed, it ended {after}: {run.error}")
-            problems += self._events(run, tally) + self._checkpoints(run, tally) + self._curve(run, tally, workers)
+            problems += self._events(run, tally) + self._checkpoints(run, tally) + self._curve(run, tally, plan)
         elif state == "done":
-            problems += self._curve(run, tally, workers)
+            problems += self._curve(run, tally, plan)
         if problems:
             tally.faults.append(f"{run.id}: " + "; ".join(problems))
 
@@ -231,10 +238,10 @@ class Bench:
         shutil.rmtree(fresh)
         return problems
 
-    def _curve(self, run: Run, tally: Tally, workers: int) -> list[str]:
+    def _curve(self, run: Run, tally: Tally, plan: Plan) -> list[str]:
         losses = {p["step"]: p["loss"] for p in run.metrics() if "loss" in p}
-        wanted = self.losses[workers]
-        close = 0.0 if workers == 1 else 1e-6
+        wanted = self.losses[plan]
+        close = 0.0 if plan == 1 else 1e-6
         other = [s for s in wanted if s not in losses or abs(losses[s] - wanted[s]) > close]
         if other or len(losses) != len(wanted):
             tally.unequal += 1
@@ -271,10 +278,10 @@ def kernel(bench: Bench, number: int) -> Run | None:
     return Run(bench.db.store, found[0]["_id"]) if found else None  # killed before anything was recorded
 
 
-def _of_the_run(bench: Bench, number: int, workers: int, who: str) -> Run:
+def _of_the_run(bench: Bench, number: int, plan: Plan, who: str) -> Run:
     """A process that the run's record names."""
-    run = bench.start(workers)
-    bench.moment(workers)
+    run = bench.start(plan)
+    bench.moment(plan)
     _signal((run.record.get(who) or {}).get("pid"), number)
     return run
 
@@ -405,8 +412,27 @@ def head(bench: Bench, number: int) -> Run:
     return run
 
 
+def _stopped(bench: Bench, plan: Plan) -> Run:
+    """A person presses Stop; the run is resumed."""
+    run = bench.start(plan)
+    bench.moment(plan)
+    with contextlib.suppress(RunError):  # it had ended already
+        run.stop()
+    return run
+
+
+def zero2(bench: Bench, number: int) -> Run:
+    """Stop, and resume, of two workers that share optimizer and gradients."""
+    return _stopped(bench, "zero2")
+
+
+def zero3(bench: Bench, number: int) -> Run:
+    """Stop, and resume, of two workers that share the weights, too."""
+    return _stopped(bench, "zero3")
+
+
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
-FAULTS: dict[str, tuple[Callable[[Bench, int], Run | None], int, int]] = {
+FAULTS: dict[str, tuple[Callable[[Bench, int], Run | None], int, Plan]] = {
     "kernel-kill": (kernel, KILL, 1),
     "kernel-term": (kernel, TERM, 1),
     "worker-kill": (worker, KILL, 1),
@@ -428,6 +454,8 @@ FAULTS: dict[str, tuple[Callable[[Bench, int], Run | None], int, int]] = {
     "driver-term": (driver, TERM, 2),
     "head-kill": (head, KILL, 2),
     "head-term": (head, TERM, 2),
+    "zero2-stop": (zero2, 0, "zero2"),
+    "zero3-stop": (zero3, 0, "zero3"),
 }
 
 
@@ -436,6 +464,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=", ".join(FAULTS))
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--verbose", action="store_true", help="a line for each round")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     known = parser.parse_args()
     names = known.faults or list(FAULTS)
@@ -450,9 +479,9 @@ def main() -> int:
                 bench.small = stack.enter_context(_small_disk(bench))  # type: ignore[attr-defined]
             for name in names:
                 tally = Tally()
-                act, number, workers = FAULTS[name]
-                if workers not in bench.losses:
-                    bench.reference(workers)
+                act, number, plan = FAULTS[name]
+                if plan not in bench.losses:
+                    bench.reference(plan)
                 while tally.rounds < known.rounds:
                     bench.writable()
                     try:
@@ -465,10 +494,12 @@ def main() -> int:
                         tally.hit["nothing recorded"] += 1
                         tally.rounds += 1
                         continue
-                    bench.judge(run, tally, workers)
+                    bench.judge(run, tally, plan)
                     for fault in tally.faults[-1:]:
                         if fault.startswith(run.id):
                             print(f"  {name}: {fault}", flush=True)
+                    if known.verbose:
+                        print(f"  {time.strftime('%H:%M:%S')} {name} {tally.rounds}: {dict(tally.hit)}", flush=True)
                 print(tally.line(name), flush=True)
                 bad += len(tally.faults)
     return 1 if bad else 0

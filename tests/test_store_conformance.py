@@ -314,11 +314,29 @@ def test_a_silent_run_is_lost_once_and_a_beating_one_is_not(store):
     store.runs.update(silent, heartbeat=long_ago)
     store.runs.update(beating, heartbeat=long_ago)
     assert store.runs.beat(beating)
-    assert list(chain(*together(4, lambda i: store.runs.find_lost(limit_s=60)))) == [silent]
+    assert store.runs.silence(store.runs.get(silent)) > 200 and store.runs.silence(store.runs.get(beating)) is None
+    assert store.runs.find_lost() == [], "the database may have been away: it is only doubted"
+    assert store.runs.find_lost() == [] and store.runs.get(silent)["state"] == "running"
+    assert list(chain(*together(4, lambda i: store.runs.find_lost(grace_s=0)))) == [silent]
     record = store.runs.get(silent)
     assert record["state"] == "lost" and record["ended"] and "heartbeat" in record["error"]["seen"]
     assert store.runs.get(queued)["state"] == "queued" and store.runs.get(beating)["state"] == "running"
     assert not store.runs.beat(silent), "a worker that comes back learns that its run is over"
+
+
+def test_a_worker_that_beats_again_is_in_doubt_no_more(store):
+    run = new_run(store)["_id"]
+    store.runs.transition(run, "queued", "running")
+
+    def fall_silent(minutes):
+        store.runs.update(run, heartbeat=dt.datetime.now(dt.timezone.utc) - dt.timedelta(minutes=minutes))
+
+    fall_silent(9)
+    store.runs.find_lost()
+    fall_silent(5)
+    store.runs.update(run, doubted=dt.datetime.now(dt.timezone.utc) - dt.timedelta(minutes=8))
+    assert store.runs.find_lost(grace_s=0) == [], "that doubt was of the silence before"
+    assert store.runs.find_lost(grace_s=0) == [run]
 
 
 def test_of_several_that_resume_a_run_one_gets_its_next_attempt(store):

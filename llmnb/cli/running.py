@@ -28,6 +28,9 @@ def runs(known: argparse.Namespace) -> int:
         note = (record.get("error") or {}).get("what") or record.get("warning") or ""
         if record["state"] == "queued" and record.get("waits_for"):
             note = f"waits for {', '.join(record['waits_for'])}"
+        silence = store.runs.silence(record)
+        if silence is not None:
+            note = f"no sign of life for {paper.about(silence)}"
         rows.append(
             (
                 record["_id"],

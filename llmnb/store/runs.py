@@ -225,8 +225,11 @@ class Runs:
         if not self._table.update({"_id": id}, {"$set": plain(fields)}):
             raise NotFound("run", id, self.ids())
 
-    def find_lost(self, limit_s: float = 60.0) -> builtins.list[str]:
+    def find_lost(self, limit_s: float = 60.0, grace_s: float = 20.0) -> builtins.list[str]:
         """Moves runs to "lost" whose worker has been silent for longer than ``limit_s`` seconds.
+
+        A database that refused every beat for a minute makes living workers look silent. So the first look only leaves
+        a doubt on the record, which proves that writes are taken again; who then stays silent for ``grace_s`` is lost.
 
         Whoever calls may be one of many: each run is moved by one of them, in one step that names the
         heartbeat that was seen, so that a worker that comes back in between stays.
@@ -238,9 +241,15 @@ class Runs:
         cutoff = now - dt.timedelta(seconds=limit_s)
         # Of a run that does not reach this database the courier brings the beats, and judges.
         here = {"away": None, "state": {"$in": list(ACTIVE)}}
-        silent = self._table.find({**here, "heartbeat": {"$lt": cutoff}})
         moved = []
-        for record in silent:
+        for record in self._table.find({**here, "heartbeat": {"$lt": cutoff}}):
+            seen = {"_id": record["_id"], "state": record["state"], "heartbeat": record["heartbeat"]}
+            doubted = record.get("doubted")
+            if doubted is None or doubted <= record["heartbeat"]:  # none, or of a silence before
+                self._table.change(seen, {"$set": {"doubted": now}})
+                continue
+            if (now - doubted).total_seconds() < grace_s:
+                continue
             age = (now - record["heartbeat"]).total_seconds()
             error = {
                 "type": "RunError",
@@ -249,10 +258,16 @@ class Runs:
                 "todo": "resume the run from its newest checkpoint; look at its log and at the machine's memory",
                 "traceback": None,
             }
-            seen = {"_id": record["_id"], "state": record["state"], "heartbeat": record["heartbeat"]}
             if self._table.change(seen, {"$set": {"state": "lost", "ended": now, "error": error}}) is not None:
                 moved.append(record["_id"])
         return moved
+
+    def silence(self, record: dict[str, Any], limit_s: float = 60.0) -> float | None:
+        """Seconds since an active run's last sign of life, None while they are no more than ``limit_s``."""
+        if record.get("state") not in ACTIVE or not record.get("heartbeat") or record.get("away"):
+            return None
+        age = (self._clock.now() - record["heartbeat"]).total_seconds()
+        return age if age > limit_s else None
 
     def working_on(self, model: str, version: int | None = None) -> builtins.list[str]:
         """Ids of runs that are not over and fill this model (version)."""

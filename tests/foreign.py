@@ -134,6 +134,13 @@ class Foreign:
         done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=180, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
+    def lose(self, home: Path) -> None:
+        """A node's machine is gone: everything on it, at once."""
+        gone = [process for process in self.processes() if process.environ().get("HOME") == str(home)]
+        assert any(process.name() == "raylet" for process in gone)
+        for process in gone:
+            process.kill()
+
     def switch(self, name: str, text: str | None = "") -> None:
         """Turns ``without_torch`` or ``wall`` on, or off with None, for processes that start from now on."""
         if text is None:

@@ -89,3 +89,11 @@ def test_one_worker_on_each_of_two_nodes(nodes, db, tiny_llama, tmp_path):
     assert any("wait for 3 nodes" in event.text for event in run.events() if event.kind == "note")
     run.stop()
     assert run.wait(60).state == "stopped"
+
+    # A machine goes away in the middle of a run.
+    run = db.apply(model(tiny_llama, tmp_path, nodes.url, max_steps=5000, save_steps=5000), wait=False)
+    wait_for(run.metrics)
+    nodes.lose(nodes.root / "home2")
+    wait_for(lambda: run.state in ("failed", "lost"))
+    assert run.state == "failed" and "was lost with its node" in run.error["what"]
+    assert "on the nodes that are there" in run.error["todo"]

@@ -18,7 +18,7 @@ from llmnb import LLM, Collection, LLMTrainer, connect
 from llmnb.config import TrainConfig
 from llmnb.errors import ConfigError, MissingPackage, RunError
 from llmnb.events import StateChanged
-from llmnb.launch import cluster, deaths, layout, room, runner
+from llmnb.launch import cluster, deaths, layout, room, runner, workers
 from llmnb.launch.layout import plan
 from llmnb.launch.spool import read
 from llmnb.launch.workers import RankFailed, _cause
@@ -133,6 +133,31 @@ KILLED = "Worker unexpectedly exits with a connection error code 2. End of file.
 def test_why_a_worker_died_is_said_with_advice(seen, memory, what, todo):
     found = deaths.why(1, 2, seen, memory_killed=memory)
     assert re.search(what, found[0]) and re.search(todo, found[1])
+
+
+def test_a_node_that_is_gone_is_the_cause_also_when_ray_only_knows_silence(monkeypatch):
+    seen = "The actor 7f is unavailable: The actor is temporarily unavailable: UnavailableError"
+    assert deaths.does_not_answer(seen) and not deaths.does_not_answer(KILLED)
+    assert deaths.why(1, 2, seen, node_lost=True)[0].startswith("Worker 1 of 2 was lost with its node")
+    looks = iter([True, True, False])
+
+    class Ray:
+        def nodes():
+            return [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": next(looks, True)}]
+
+    assert workers._lost_a_node(Ray, {"a", "b"}, seen) is True
+    assert workers._lost_a_node(Ray, {"a", "b"}, KILLED) is False
+
+
+def test_a_head_that_is_gone_is_named(monkeypatch, tmp_path):
+    class job:
+        ray_address = None
+
+    monkeypatch.setenv("LLMNB_HOME", str(tmp_path))
+    with pytest.raises(RunError, match="cluster of this machine is gone"):
+        workers._ask_for_the_head(job)
+    job.ray_address = "http://head:8265"
+    workers._ask_for_the_head(job)
 
 
 @pytest.mark.parametrize(

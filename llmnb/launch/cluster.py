@@ -284,6 +284,8 @@ def _speaking(token: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # How long a process waits for a head that was killed, before it ends itself; 60 s otherwise.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
         # Without this, Ray 2.60 turns 127.0.0.1 into the machine's outward address, and listens and looks there.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }

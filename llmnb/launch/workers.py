@@ -53,6 +53,8 @@ _HEALTH_CHECK_S = "0.25"
 _START_LIMIT_S = "1800"
 # How long a rank that lost another one waits for Ray to find that one dead: a lost node's heartbeats have to stop.
 _PEER_S = 60.0
+# How long Ray takes to call a node dead whose machine is gone: 5 health checks that are 3 s apart, and their limits.
+_NODE_S = 60.0
 _ROOM_FIRST_S, _ROOM_EVERY_S = 5.0, 5.0
 # A killed worker's lock on the spool is gone a moment after it.
 _RELEASE_S = 20.0
@@ -88,7 +90,7 @@ def train_on_workers(work: _Work) -> Outcome:
 
     Raises:
         RankFailed: a worker raised.
-        RunError: a worker died.
+        RunError: a worker died, or the head of this machine's cluster.
         LaunchError: the cluster cannot start them.
     """
     ray = _connect(work.job)
@@ -100,11 +102,14 @@ def train_on_workers(work: _Work) -> Outcome:
         turn.say()
         work.hand_over()
         thread = threading.Thread(target=_fit, args=(trainer, box), name="llmnb-fit", daemon=True)
+        nodes = _alive(ray)
         try:
             thread.start()
             # Not on the main thread, where Ray Train would take SIGINT for itself.
             while thread.is_alive():
                 thread.join(_LOOK_EVERY_S)
+                if thread.is_alive():
+                    _ask_for_the_head(work.job)
                 turn.look()
                 if work.heart.letter and thread.is_alive() and not turn.has_come():
                     box["result"] = Outcome(stopped=True)  # the workers wait for their turn; they go with this process
@@ -112,8 +117,39 @@ def train_on_workers(work: _Work) -> Outcome:
         finally:
             _take_back(work)
     if "error" in box:
-        raise _cause(box["error"], work, memory_killed=memory_kills() > kills) from None
+        _ask_for_the_head(work.job)
+        seen = _death(box["error"])
+        lost = seen is not None and _lost_a_node(ray, nodes, seen[1])
+        raise _cause(box["error"], work, memory_killed=memory_kills() > kills, node_lost=lost) from None
     return box["result"]
+
+
+def _ask_for_the_head(job: TrainJob) -> None:
+    """Ray itself waits for a dead head, and then ends this process without a word. Of our own cluster we know.
+
+    Raises:
+        RunError: it is gone.
+    """
+    if job.ray_address is None and cluster.status(os.environ["LLMNB_HOME"]) is None:
+        raise RunError(
+            "The Ray cluster of this machine is gone: its head was killed, or crashed.",
+            seen="a process of the head has ended",
+            todo="run.resume() starts the cluster again and goes on from the newest checkpoint",
+        )
+
+
+def _alive(ray: Any) -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _lost_a_node(ray: Any, before: set[str], seen: str) -> bool:
+    """True when a node is gone that was there before. Ray may know that its worker does not answer, and not yet why."""
+    end = time.monotonic() + (_NODE_S if deaths.does_not_answer(seen) else 0.0)
+    while not before - _alive(ray):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def _connect(job: TrainJob) -> Any:
@@ -253,16 +289,22 @@ def _take_back(work: _Work) -> None:
         time.sleep(0.1)
 
 
-def _cause(error: BaseException, work: _Work, memory_killed: bool = False) -> BaseException:
+def _death(error: BaseException) -> tuple[int, str] | None:
+    """The first worker that died without raising, and what Ray says of it."""
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    died = [(rank, e) for rank, e in sorted(failures.items()) if not isinstance(e, RankFailed)]
+    return (died[0][0], str(getattr(died[0][1], "health_check_failure", died[0][1]))) if died else None
+
+
+def _cause(error: BaseException, work: _Work, *, memory_killed: bool = False, node_lost: bool = False) -> BaseException:
     """What went wrong first: a worker that died, else the first that raised."""
+    died = _death(error)
+    if died:
+        rank, seen = died
+        what, todo = deaths.why(rank, work.job.workers, seen, memory_killed=memory_killed, node_lost=node_lost)
+        return RunError(what, seen=work.mask(seen)[:1500], todo=todo)
     failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
     raised = sorted((e for e in failures.values() if isinstance(e, RankFailed)), key=lambda e: e.when)
-    died = [(rank, e) for rank, e in sorted(failures.items()) if not isinstance(e, RankFailed)]
-    if died:
-        rank, seen = died[0]
-        text = str(getattr(seen, "health_check_failure", seen))
-        what, todo = deaths.why(rank, work.job.workers, text, memory_killed=memory_killed)
-        return RunError(what, seen=work.mask(text)[:1500], todo=todo)
     if raised:
         return raised[0]
     return LaunchError("Ray could not train.", seen=work.mask(error)[:1500], todo="see the end of the run's log")

@@ -12,9 +12,11 @@ from typing import Any
 
 from .checkpoint import Checkpoint
 from .config import ModelSpec, TrainConfig
+from .engine.proof import MergeReport
 from .errors import ConfigError, DataError, Fault, LlmnbError, NotFound, near
 from .events import Event
 from .launch.machine import gpus_visible
+from .launch.merging import MergeProcess, prepare
 from .launch.run import Run
 from .launch.start import check, launch
 from .llm import LLM
@@ -22,6 +24,7 @@ from .model import Model, connected
 from .pipelines import Pipeline, TextClassification
 from .query import Query
 from .store import Store, open_store
+from .store.exporting import export
 from .trainer import LLMTrainer, Parcel, settle
 
 __all__ = ["Datalayer", "connect"]
@@ -234,17 +237,15 @@ class Datalayer:
         """
         _known_kind(kind)
         if kind == "checkpoint":
-            if version is None and "/" in identifier:
-                identifier, _, step = identifier.rpartition("/")
-                version = _step(step, identifier)
-            return self.fetch(self.store.checkpoints.get(identifier, version))
+            found = self.named(identifier) if version is None else self.store.checkpoints.get(identifier, version)
+            return self.fetch(found)
         if kind == "run":
             return self.run(identifier)
         if kind == "trainer":
-            found = [r for r in self.store.runs.list() if r["config"]["identifier"] == identifier]
-            if not found:
+            runs = [r for r in self.store.runs.list() if r["config"]["identifier"] == identifier]
+            if not runs:
                 raise NotFound("trainer", identifier, self.show("trainer"))
-            return LLMTrainer.from_config(TrainConfig.from_json(found[0]["config"]))
+            return LLMTrainer.from_config(TrainConfig.from_json(runs[0]["config"]))
         record = self.store.models.get(identifier, version)
         spec = ModelSpec.from_json(record["spec"])
         cls = _CLASSES.get(spec.task, Pipeline)
@@ -278,6 +279,70 @@ class Datalayer:
             self.store.events.remove(identifier)
         else:
             raise LlmnbError("A trainer is part of its runs.", todo=f"remove its runs: {self.show('run')}")
+
+    def merge(
+        self,
+        checkpoint: str | Checkpoint,
+        folder: str | Path,
+        *,
+        base: str | None = None,
+        transform: Callable[..., Any] | None = None,
+        say: Callable[[str], None] | None = None,
+        process: MergeProcess | None = None,
+    ) -> MergeReport:
+        """Merges a checkpoint's adapter into its base, in a process of its own, and proves that it says the same.
+
+        The base is loaded in its own 16 or 32 bits, also when it was trained on in 4. What was written is loaded again
+        and compared, on rows of the run's valid fold. The folder takes its name only after that.
+
+        Args:
+            checkpoint: ``"experiment"`` (its last step), ``"experiment/step"``, or a ``Checkpoint``.
+            folder: for the whole model: safetensors, tokenizer, ``merge_report.json`` and ``README.md``. Not there yet,
+                or empty.
+            base: a folder or hub id of the base when it is no longer where it was; the weights must be the same.
+            transform: the run's function, when it had one; without it, it is measured on a few sentences.
+            say: told what is being done, in a few words.
+            process: what carries it out; its ``stop()`` ends it from another thread.
+
+        Raises:
+            NotFound: with near names.
+            ModelError: a whole model has nothing to merge; the base is missing; the two do not say the same.
+            AdapterMismatch: the base is not the one that was trained on.
+            ArtifactError: the folder is in use or cannot be written; no space left; stored bytes are damaged.
+        """
+        found = self.named(checkpoint) if isinstance(checkpoint, str) else checkpoint
+        job = prepare(self.store, found, folder, base=base, transform=transform)
+        return (process or MergeProcess()).run(job, say)
+
+    def export(self, checkpoint: str | Checkpoint, folder: str | Path) -> Path:
+        """Writes a checkpoint's files as a plain folder, each proved by its sha256.
+
+        peft loads an adapter's folder, transformers a whole model's, with no network and without this package.
+
+        Args:
+            checkpoint: ``"experiment"`` (its last step), ``"experiment/step"``, or a ``Checkpoint``.
+            folder: not there yet, or empty.
+
+        Returns:
+            The folder, absolute.
+
+        Raises:
+            NotFound: with near names.
+            ArtifactError: the folder is in use or cannot be written; no space left; stored bytes are damaged.
+        """
+        found = self.named(checkpoint) if isinstance(checkpoint, str) else checkpoint
+        return export(self.store.checkpoints, found, folder)
+
+    def named(self, checkpoint: str) -> Checkpoint:
+        """The checkpoint of a name: ``"experiment"`` (its last step) or ``"experiment/step"``. Nothing is fetched.
+
+        Raises:
+            NotFound: with near names.
+        """
+        experiment, slash, step = checkpoint.rpartition("/")
+        if not slash:
+            return self.store.checkpoints.get(checkpoint)
+        return self.store.checkpoints.get(experiment, _step(step, experiment))
 
     # -- for models that ask ---------------------------------------------------------------------------------
 

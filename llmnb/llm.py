@@ -19,6 +19,7 @@ from .trainer import LLMTrainer, model_fault
 
 if TYPE_CHECKING:
     from .engine.generation import Answerer
+    from .engine.proof import MergeReport
 
 __all__ = ["LLM"]
 
@@ -175,18 +176,21 @@ class LLM(Model):
             self._answerer.close()
             self._answerer = None
 
-    def merge(self, path: str | Path) -> dict[str, Any]:
+    def merge(self, path: str | Path) -> MergeReport:
         """Merges the adapter into the full-precision base and saves the whole model as safetensors.
+
+        ``db.merge`` does the same in a process of its own and measures on the run's own rows.
 
         Args:
             path: a folder that does not exist yet, or is empty.
 
         Returns:
-            The proof: ``max_logit_gap``, ``mean_logit_gap``, ``top_token_agreement`` of merged against adapter.
+            The proof, measured on a few sentences: ``report["max_logit_gap"]``, ``report.kl``, ….
 
         Raises:
-            ModelError: there is no adapter, or the folder is in use.
+            ModelError: there is no adapter.
             AdapterMismatch: the adapter was trained on another base.
+            ArtifactError: the folder is in use or cannot be written.
         """
         from .engine import merging
 

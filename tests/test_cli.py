@@ -15,7 +15,7 @@ from llmnb.errors import ConfigError
 from llmnb.events import Metric, Note
 
 COMMANDS = ["quickstart", "train", "runs", "watch", "stop", "resume", "chat"]
-COMMANDS += ["data", "checkpoints", "show", "db", "ray", "doctor"]
+COMMANDS += ["data", "checkpoints", "merge", "export", "show", "db", "ray", "doctor"]
 HEAVY = ("torch", "transformers", "ray", "pymongo", "plotly", "IPython", "rich", "numpy", "deepspeed")
 
 
@@ -407,6 +407,27 @@ def test_train_prints_a_result_and_no_noise(trained):
     assert password and password not in done.stdout + done.stderr
     assert db.show("checkpoint", db.show("checkpoint")[-1]) == [2, 4]
     assert db.run().record["counts"]["found"] <= 50
+
+
+@pytest.mark.mongod
+def test_merge_export_and_remove(trained, tmp_path, capsys):
+    _, uri, home, db = trained
+    where = ["--uri", uri, "--home", str(home)]
+    run = db.show("run")[-1]
+    step = db.show("checkpoint", run)[-1]
+    assert main(["merge", "latest", str(tmp_path / "merged"), *where]) == 0
+    said = capsys.readouterr().out
+    assert "same top token" in said and "perplexity of the merged model" in said
+    assert main(["merge", f"{run}/{step}", str(tmp_path / "merged"), *where]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert main(["export", f"latest/{step}", str(tmp_path / "adapter"), *where]) == 0
+    assert "verified" in capsys.readouterr().out and (tmp_path / "adapter" / "adapter_config.json").exists()
+    assert main(["export", f"{run}x", str(tmp_path / "other"), *where]) == 1
+    assert f"did you mean '{run}'" in capsys.readouterr().err
+    assert main(["checkpoints", "--remove", "3", *where]) == 1
+    assert "needs a run" in capsys.readouterr().err
+    assert main(["checkpoints", run, "--remove", str(step), *where]) == 1
+    assert "in use" in capsys.readouterr().err
 
 
 @pytest.mark.mongod

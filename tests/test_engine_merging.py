@@ -11,7 +11,7 @@ from drill import chats, folder_of, texts, train, weights
 from tiny import make_model
 
 from llmnb.config import ModelSpec
-from llmnb.errors import AdapterMismatch, ModelError
+from llmnb.errors import AdapterMismatch, ArtifactError, ModelError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -117,6 +117,7 @@ def test_trap17_a_merge_that_says_something_else_fails(tuned, tmp_path, monkeypa
     monkeypatch.setattr(merging, "_reload", damaged)
     with pytest.raises(ModelError, match="does not say"):
         merging.merge(spec(), tuned, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [], "nothing is left under the name, or beside it"
 
 
 def test_trap17_keys_that_are_missing_fail(tuned, tmp_path):
@@ -151,7 +152,7 @@ def test_what_cannot_be_merged(tuned, tmp_path):
         merge(spec(), full, tmp_path / "out")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "x").write_text("x")
-    with pytest.raises(ModelError, match="not empty"):
+    with pytest.raises(ArtifactError, match="not empty"):
         merge(spec(), tuned, tmp_path / "used")
 
 

@@ -168,6 +168,29 @@ def _stored(commands: Any) -> None:
     _where(made)
     made = _add(commands, "checkpoints", "showing", "list checkpoints, newest run last", "Or those of one run.")
     made.add_argument("experiment", nargs="?", metavar="RUN", help="a run's id, or latest; default: all")
+    made.add_argument("--remove", metavar="STEP", type=_count, help="remove this step of the run")
+    _where(made)
+    made = _add(
+        commands,
+        "merge",
+        "weights",
+        "merge a checkpoint into its base, with the proof that it says the same",
+        "The folder holds the whole model in 16 or 32 bits, its tokenizer and the proof. It appears when all of it is "
+        "written, loaded again and compared.",
+    )
+    made.add_argument("checkpoint", metavar="EXPERIMENT[/STEP]", help="default step: the last; latest: the newest run")
+    made.add_argument("folder", metavar="FOLDER", help="a new folder")
+    made.add_argument("--base", metavar="M", help="where the base is now, when it moved: a folder or a hub id")
+    _where(made)
+    made = _add(
+        commands,
+        "export",
+        "weights",
+        "write a checkpoint's files as a folder, verified",
+        "peft or transformers load it with no network.",
+    )
+    made.add_argument("checkpoint", metavar="EXPERIMENT[/STEP]", help="default step: the last; latest: the newest run")
+    made.add_argument("folder", metavar="FOLDER", help="a new folder")
     _where(made)
     made = _add(commands, "show", "showing", "list what is in the database: models, checkpoints, collections")
     made.add_argument("kind", nargs="?", choices=("model", "checkpoint", "run", "collection"), help="only this kind")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ..errors import NotFound
+from ..errors import ConfigError, Fault, NotFound
 from . import paper
 
 if TYPE_CHECKING:
@@ -72,6 +72,12 @@ def checkpoints(known: argparse.Namespace) -> int:
     database = connect(known.uri, home=known.home)
     found = database.show("checkpoint")
     name = found[-1] if known.experiment == "latest" and found else known.experiment
+    if known.remove is not None:
+        if name is None:
+            raise ConfigError([Fault("--remove", "needs a run", "llmnb checkpoints RUN --remove STEP")])
+        database.remove("checkpoint", name, known.remove)
+        print(f"Removed {name}/{known.remove}.")
+        return 0
     _checkpoints(database, name)
     return 0
 

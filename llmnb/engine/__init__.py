@@ -24,6 +24,7 @@ training       ``train``: everything above, in order
 generation     ``Answerer``: prompts → text
 sampling       the options of one answer
 merging        an adapter into its base
+proof          what a merge was measured on, and what was found
 memory         how much is in use, and giving it back
 classification text classifiers: labels of rows in place of tokens
 shape          a model's shape from its config alone, and this machine's pace

@@ -136,8 +136,12 @@ class Models:
 
     def pointing_at(self, checkpoint: str) -> list[str]:
         """Model versions ("identifier/version") that need a checkpoint: as weights, or as their adapter."""
-        return [
-            f"{record['identifier']}/{record['version']}"
-            for record in self._table.find({}, {"identifier": 1, "version": 1, "checkpoint": 1, "spec": 1})
-            if checkpoint in (record.get("checkpoint"), _read(record)["spec"].get("adapter_id"))
-        ]
+        return self.holders().get(checkpoint, [])
+
+    def holders(self) -> dict[str, list[str]]:
+        """Checkpoints ("experiment/step") that are needed, with the model versions that need them."""
+        found: dict[str, list[str]] = {}
+        for record in self._table.find({}, {"identifier": 1, "version": 1, "checkpoint": 1, "spec": 1}):
+            for name in {record.get("checkpoint"), _read(record)["spec"].get("adapter_id")} - {None}:
+                found.setdefault(str(name), []).append(f"{record['identifier']}/{record['version']}")
+        return found

@@ -151,7 +151,9 @@ def test_train_on_answers_of_texts_is_refused(tokenizer):
         ({"_id": 1, "_fold": "train", "text": "a"}, ("text", "text")),
         ({"text": "a", "label": "b"}, ("text", "text")),
         ({"prompt": "a", "response": "b"}, (("prompt", "response"), "pair")),
-        ({"instruction": "a", "input": "", "output": "b"}, (("instruction", "output"), "pair")),
+        ({"instruction": "a", "input": "", "output": "b"}, (("instruction", "input", "output"), "pair")),
+        ({"instruction": "a", "output": "b"}, (("instruction", "output"), "pair")),
+        ({"conversations": [{"from": "human", "value": "a"}], "id": "b"}, ("conversations", "messages")),
         ({"question": "a", "answer": "b", "n": 1}, (("question", "answer"), "pair")),
         ({"messages": CHAT, "text": "a"}, ("messages", "messages")),
         ({"conversation": CHAT, "source": "b"}, ("conversation", "messages")),
@@ -171,11 +173,40 @@ def test_infer_key_gives_up_with_the_fields_there_are():
 
 
 def test_an_inferred_key_is_said_with_what_it_leaves_out(tokenizer):
-    documents = [{"instruction": "why?", "input": "x", "output": " yes"}]
+    documents = [{"question": "why?", "source": "x", "answer": " yes"}]
     report = rows_of(documents, tokenizer).report
-    assert report.key == ("instruction", "output")
-    assert "('instruction', 'output') was chosen" in report.notes[0]
-    assert "not used: input" in report.notes[0]
+    assert report.key == ("question", "answer")
+    assert "('question', 'answer') was chosen" in report.notes[0]
+    assert "not used: source" in report.notes[0]
+
+
+def test_alpacas_three_fields_are_a_prompt_and_its_response(tokenizer):
+    three = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Say yes.", "input": " ", "output": "yes"},
+        {"instruction": "Say no.", "output": "no"},
+    ]
+    pairs = [
+        {"prompt": "Add.\n\n1 2", "response": "3"},
+        {"prompt": "Say yes.", "response": "yes"},
+        {"prompt": "Say no.", "response": "no"},
+    ]
+    found = rows_of(three, tokenizer)
+    assert found.report.kind == "pair" and "Alpaca" in found.report.notes[0]
+    assert found[:] == rows_of(pairs, tokenizer)[:]
+    given = rows_of(three, tokenizer, key=("instruction", "input", "output"))
+    assert given[:] == found[:] and "Alpaca" in given.report.notes[0]
+    with pytest.raises(ConfigError, match="needs one column"):
+        rows_of(three, tokenizer, key=("instruction", "input", "output"), key_kind="text")
+
+
+def test_sharegpts_messages_are_read_as_chats(tokenizer):
+    theirs = [{"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "yes"}]}]
+    ours = [{"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "yes"}]}]
+    found = rows_of(theirs, tokenizer)
+    assert found[:] == rows_of(ours, tokenizer)[:]
+    assert (found.report.key, found.report.kind) == ("conversations", "messages")
+    assert "ShareGPT" in found.report.notes[0]
 
 
 def test_a_field_of_chats_needs_not_be_called_messages(tokenizer):
@@ -336,7 +367,8 @@ def test_an_empty_selection(tokenizer):
         ([{"content": "a"}], "has no role"),
         ([CHAT[0], {"role": "assistant", "content": " "}], "answer in message 1 .* is empty"),
         ([CHAT[0], {"role": "assistant", "content": None}], "content of message 1 .* is null"),
-        ([{"from": "human", "value": "a"}], "from and value"),
+        ([{"from": "a bird", "value": "a"}], "message 0 is from 'a bird', which is none of human"),
+        ([{"from": "human", "value": "a"}], "no token of them carries loss|assistant"),
         ([CHAT[0], {**CHAT[1], "weight": 2}], "weight"),
     ],
 )

@@ -138,6 +138,8 @@ class Counts:
             DataError: nothing is left to train on, or too little of what was selected.
         """
         self._refuse(reader, config.max_cut_share)
+        if reader.converted:
+            notes = [reader.converted, *notes]
         return RowReport(
             found=self.found,
             used=self.rows,

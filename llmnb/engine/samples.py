@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError, DataError, Fault, near
+from .formats import ALPACA, alpaca_note, alpaca_pair, as_messages, is_sharegpt, sharegpt_note
 
 __all__ = ["KINDS", "Reader", "Sample", "infer_key", "unused_fields"]
 
@@ -82,8 +83,8 @@ def _own_fields(documents: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def infer_key(sample_documents: Iterable[Mapping[str, Any]]) -> tuple[Any, str]:
     """The key and its kind for documents that came without one.
 
-    In this order: a field with chat messages ("messages" first), "text", a known pair of names (prompt and response,
-    instruction and output, …), the only field that holds strings.
+    In this order: a field with chat messages ("messages" first; also ShareGPT's), "text", Alpaca's three fields, a
+    known pair of names (prompt and response, instruction and output, …), the only field that holds strings.
 
     Returns:
         (key, kind): kind is "text", "pair" or "messages".
@@ -95,12 +96,14 @@ def infer_key(sample_documents: Iterable[Mapping[str, Any]]) -> tuple[Any, str]:
     if not documents:
         raise DataError("There are no documents to look at.", todo="check the selection")
     fields = _own_fields(documents)
-    chats = [name for name, values in fields.items() if all(map(_looks_like_chat, values))]
+    chats = [name for name, values in fields.items() if all(_looks_like_chat(v) or is_sharegpt(v) for v in values)]
     if chats:
         return ("messages" if "messages" in chats else chats[0]), "messages"
     texts = [name for name, values in fields.items() if all(isinstance(value, str) for value in values)]
     if "text" in texts:
         return "text", "text"
+    if set(ALPACA) <= set(texts):
+        return ALPACA, "pair"
     for pair in PAIRS:
         if set(pair) <= set(texts):
             return pair, "pair"
@@ -140,6 +143,7 @@ class Reader:
 
     Attributes:
         key: as given, or as inferred.
+        converted: how a known format was read, in a sentence; "" when nothing was.
         columns: the columns that are read.
         kind: the kind of all samples; None until the first one when a transform decides.
         inferred: the key was inferred.
@@ -156,6 +160,7 @@ class Reader:
         self.transform = transform
         self.inferred = key is None
         self.peek = peek
+        self.converted = ""
         found: str | None = None
         if key is None:
             key, found = infer_key(peek)
@@ -175,18 +180,18 @@ class Reader:
         if not count or not all(isinstance(column, str) and column for column in self.columns):
             faults.append(Fault("key", f"{self.key!r} is not a column or a tuple of columns", "name fields"))
         elif self.transform is None:
-            if count > 2:
+            if count > 2 and self.columns != ALPACA:
                 todo = "give a transform that makes one text, or a prompt and a response, of them"
                 faults.append(Fault("key", f"{count} columns need a transform", todo))
-            elif kind == "pair" and count != 2:
+            elif kind == "pair" and count < 2:
                 faults.append(Fault("key_kind", "a pair needs two columns", "key=('prompt', 'response')"))
-            elif kind in ("text", "messages") and count == 2:
+            elif kind in ("text", "messages") and count > 1:
                 faults.append(Fault("key_kind", f"{kind!r} needs one column or a transform", "name one field"))
         if faults:
             raise ConfigError(faults)
 
     def _kind_of(self, peek: Sequence[Mapping[str, Any]]) -> str:
-        if len(self.columns) == 2:
+        if len(self.columns) > 1:
             return "pair"
         if self.columns == ("messages",):
             return "messages"
@@ -198,6 +203,10 @@ class Reader:
                 return "messages"
         return "text"
 
+    @property
+    def _alpaca(self) -> bool:
+        return self.columns == ALPACA and self.transform is None
+
     def read(self, document: Mapping[str, Any]) -> Sample | str:
         """The sample of a document, or the reason why it has none.
 
@@ -207,6 +216,8 @@ class Reader:
         values = []
         for column in self.columns:
             value = _at(document, column)
+            if value is _MISSING and self._alpaca and column == "input":
+                value = ""
             if value is _MISSING:
                 for name in document:
                     if len(self.seen_fields) < 200 and not str(name).startswith("_"):
@@ -216,6 +227,9 @@ class Reader:
         if self.transform is None:
             if self.kind != "pair" and isinstance(values[0], Mapping) and self.kind != "messages":
                 return f"{self.columns[0]!r} is a dict, not a string"
+            if self._alpaca:
+                self.converted = alpaca_note()
+                return self._sample("pair", alpaca_pair(*values), (ALPACA[0], ALPACA[2]))
             return self._sample(self.kind or "text", values, self.columns)
         try:
             result = self.transform(*values)
@@ -261,8 +275,14 @@ class Reader:
 
     def _sample(self, kind: str, values: Sequence[Any], names: Sequence[str]) -> Sample | str:
         if kind == "messages":
-            fault = _chat_fault(values[0], names[0])
-            return fault or Sample(kind, [dict(message) for message in values[0]])
+            chat = values[0]
+            if is_sharegpt(chat):
+                chat = as_messages(chat)
+                if isinstance(chat, str):
+                    return chat
+                self.converted = sharegpt_note(names[0])
+            fault = _chat_fault(chat, names[0])
+            return fault or Sample(kind, [dict(message) for message in chat])
         for name, value in zip(names, values, strict=True):
             if not isinstance(value, str):
                 return f"{name!r} is {_type(value)}, not a string"
@@ -286,8 +306,6 @@ def _chat_fault(value: Any, name: str) -> str:
     for at, message in enumerate(value):
         if not isinstance(message, Mapping):
             return f"message {at} of {name!r} is {_type(message)}, not a dict with role and content"
-        if "role" not in message and "from" in message and "value" in message:
-            return "messages have from and value; a transform can turn them into role and content"
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not role:
             return f"message {at} of {name!r} has no role"

@@ -37,8 +37,8 @@ def alpaca_pair(instruction: Any, more: Any, output: Any) -> tuple[Any, Any]:
 def alpaca_note() -> str:
     """What was made of the three fields, for the person."""
     return (
-        "instruction, input and output were read as Alpaca's: the prompt is the instruction, an empty line and the input; "
-        "the response is the output"
+        "instruction, input and output were read as Alpaca's: the prompt is the instruction, an empty line and "
+        "the input; the response is the output"
     )
 
 

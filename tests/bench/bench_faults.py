@@ -41,7 +41,7 @@ from llmnb.launch.run import FINAL, Run
 from llmnb.store import embedded, open_store
 
 STEPS, SAVE_STEPS = 60, 10
-LIMIT_S = 240.0
+LIMIT_S = 480.0
 Plan = int | str  # workers, or a stage of ZeRO on two of them
 ZERO = {"zero2": 2, "zero3": 3}
 AUTO = dict.fromkeys(

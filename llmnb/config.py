@@ -159,6 +159,9 @@ class TrainConfig(_Json):
     lora_dropout: float = setting(0.05, "probability", "above 0: a little regularisation, slower")
     lora_target_modules: Any = setting("all-linear", help="module names, or 'all-linear' (without lm_head)")
     lora_bias: str = setting("none", help="'none', 'all' or 'lora_only'")
+    use_rslora: bool = setting(False, help="scale of the update is alpha / sqrt(r): high ranks learn as low ones do")
+    use_dora: bool = setting(False, help="size and direction of each weight apart: often a little better, slower")
+    loraplus_lr_ratio: float | None = setting(None, "times", "LoRA's B learns so many times faster than A; 16 is usual")
     bits: int | None = setting(None, "bits", "4 or 8: train LoRA on a quantised base (QLoRA)")
     # where
     output_dir: str = setting("output", help="local folder; each run gets a folder of its own beneath it")

@@ -192,6 +192,7 @@ class LLMTrainer:
                 mine["bits"] = model.bits
         if mine.get("bits") in (4, 8) and mine.get("use_lora") is False:
             faults.append(Fault("bits", "quantised weights cannot be trained", "set use_lora=True, or leave bits out"))
+        faults += _lora_faults(mine, trainer_kwargs)
         if faults:
             raise ConfigError(faults)
         if "overwrite_output_dir" in self._values:
@@ -244,9 +245,24 @@ _WORDS = {
     "use_lora": (True, False),
     "log_to_db": (True, False),
     "padding_free": (True, False),
+    "use_rslora": (True, False),
+    "use_dora": (True, False),
     "on_ray": (None, True, False),
 }
 _TEXTS = {"identifier", "output_dir", "chat_template", "prompt_template"}
+
+
+def _lora_faults(mine: Mapping[str, Any], trainer_kwargs: Mapping[str, Any]) -> list[Fault]:
+    """Variants of LoRA that were asked for without LoRA, or beside an optimizer of the person's own."""
+    asked = [name for name in ("use_rslora", "use_dora", "loraplus_lr_ratio") if mine.get(name)]
+    todo = "set use_lora=True, or leave it out"
+    if mine.get("use_lora", True):
+        asked = []
+    faults = [Fault(name, "is a kind of LoRA, and use_lora is False", todo) for name in asked]
+    own = sorted({"optimizers", "optimizer_cls_and_kwargs"} & set(trainer_kwargs))
+    if own and mine.get("loraplus_lr_ratio"):
+        faults.append(Fault("loraplus_lr_ratio", f"sets the optimizer up, and so does {own[0]}", "give one of them"))
+    return faults
 
 
 def _own_faults(mine: Mapping[str, Any]) -> list[Fault]:
@@ -259,6 +275,9 @@ def _own_faults(mine: Mapping[str, Any]) -> list[Fault]:
             low, high = _SHARES[name]
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 faults.append(Fault(name, f"must be a number from {low:g} to {high:g}, not {value!r:.40}"))
+        elif name == "loraplus_lr_ratio" and value is not None:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1:
+                faults.append(Fault(name, f"must be a number from 1, not {value!r:.40}", "16"))
         elif name in _WORDS and (value not in _WORDS[name] or (isinstance(value, int) and not isinstance(value, bool))):
             words = " or ".join(repr(w) for w in _WORDS[name])
             faults.append(Fault(name, f"must be {words}, not {value!r:.40}"))

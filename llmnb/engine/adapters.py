@@ -1,7 +1,8 @@
 """LoRA adapters: attach a new one, load one that was trained, count, and say which modules there are.
 
 Source: Hu et al. 2021, LoRA (https://arxiv.org/abs/2106.09685); Dettmers et al. 2023, QLoRA
-(https://arxiv.org/abs/2305.14314). Built on peft. Knows nothing of rows or training loops.
+(https://arxiv.org/abs/2305.14314); Kalajdzievski 2023, rsLoRA (https://arxiv.org/abs/2312.03732); Liu et al. 2024,
+DoRA (https://arxiv.org/abs/2402.09353). Built on peft. Knows nothing of rows or training loops.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def attach_lora(model: Any, config: TrainConfig, new_tokens: Sequence[int] = (),
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             bias=config.lora_bias,  # type: ignore[arg-type]
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
             target_modules=targets,
             # GPT-2's Conv1D holds its weight as (in, out); peft turns this on for it, and warns when it has to.
             fan_in_fan_out=_is_conv1d(model),

@@ -21,6 +21,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
+from ..errors import ConfigError, Fault
 from ..events import Metric
 from . import attention, faults, manifest
 from .bases import quiet
@@ -61,6 +62,7 @@ class Loop(Trainer):
         resumed: the card of the checkpoint that the run goes on from.
         order: of the training rows; None for Trainer's own.
         train_collator: makes the training batches; None: ``data_collator``, which makes those of evaluations.
+        loraplus: LoRA's B learns so many times faster than A; None: as fast.
         kwargs: of ``Trainer``.
     """
 
@@ -76,10 +78,11 @@ class Loop(Trainer):
         resumed: Mapping[str, Any] | None = None,
         order: Order | None = None,
         train_collator: Any = None,
+        loraplus: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.train_collator = train_collator
+        self.train_collator, self.loraplus = train_collator, loraplus
         self.remove_callback(PrinterCallback)
         self.hooks = hooks
         self.card = card
@@ -136,6 +139,23 @@ class Loop(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         share_on_cpus(self.args)
         super().create_accelerator_and_postprocess()
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """With ``loraplus``: Hayou et al. 2024, LoRA+ (https://arxiv.org/abs/2402.12354), as peft builds it."""
+        if self.loraplus is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        from peft.optimizers import create_loraplus_optimizer
+
+        model = self.model if model is None else model
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        if {"params", "model", "optimizer_dict"} & set(options):
+            fault = f"loraplus_lr_ratio does not go with {self.args.optim}, which groups weights itself"
+            raise ConfigError([Fault("optim", fault, "optim='adamw_torch'")])
+        options = {"loraplus_weight_decay": self.args.weight_decay, **options}
+        optimizer = create_loraplus_optimizer(model, kind, loraplus_lr_ratio=self.loraplus, **options)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        self.optimizer = optimizer
+        return optimizer
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)

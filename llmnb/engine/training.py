@@ -176,7 +176,9 @@ class TrainingRun:
         from .packing import FlatCollator, keep_apart
 
         why: str | None = "ZeRO-3 takes the model apart before it can be seen whether rows are kept apart in it"
-        if not is_deepspeed_zero3_enabled():
+        if self.config.arguments.get("neftune_noise_alpha"):
+            why = "NEFTune's noise depends on how long a row of the batch is"
+        elif not is_deepspeed_zero3_enabled():
             why = keep_apart(self.model)
         if why is None:
             self.counts["padding_free"] = True
@@ -308,6 +310,7 @@ class TrainingRun:
             card=self._card(plan, fingerprint),
             resumed=manifest.read(resume) if resume else None,
             order=order,
+            loraplus=self.config.loraplus_lr_ratio,
             **options,
         )
         self.watch = Watch(self.loop, self._started, plan.own_logging)

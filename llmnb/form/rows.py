@@ -142,6 +142,16 @@ _TABLE: Mapping[str, Sequence[_Line]] = {
             "train biases too: a little more capacity; the base then changes with the adapter",
             {"needs": _LORA, "kind": "choice", "choices": ("none", "all", "lora_only")},
         ),
+        ("use_rslora", "rsLoRA", "", "scales by alpha / √r: high ranks learn as low ones do", {"needs": _LORA}),
+        (
+            "use_dora",
+            "DoRA",
+            "",
+            "size and direction of a weight apart: often a little better, slower",
+            {"needs": _LORA},
+        ),
+        ("loraplus_lr_ratio", "LoRA+", "times", "B learns so many times faster than A; 16 is usual", {"needs": _LORA}),
+        ("neftune_noise_alpha", "NEFTune", "", "noise on embeddings while training, 5 is usual: less learnt by heart"),
     ),
     "QLoRA": (
         (

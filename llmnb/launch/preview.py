@@ -25,7 +25,7 @@ from ..errors import LlmnbError, ModelError
 
 __all__ = ["PreviewProcess"]
 
-_SHAPING = ("use_lora", "lora_r", "lora_target_modules", "lora_bias", "bits")
+_SHAPING = ("use_lora", "lora_r", "lora_target_modules", "lora_bias", "use_dora", "bits")
 SHOWN_ROWS = 3
 SHOWN_TOKENS = 400  # of a row
 

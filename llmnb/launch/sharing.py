@@ -77,6 +77,9 @@ def faults_of(config: TrainConfig, *, bits: int | None, gpus: int | None, worker
     kind = f"{bits}-bit" if bits is not None else "LoRA" if config.use_lora else "full"
     faults = []
     why = impossible(way_of(config), kind)
+    if config.use_dora and way_of(config) in ("ZeRO-3", "FSDP"):
+        what = f"{way_of(config)} takes weights apart, and DoRA needs the length of whole ones"
+        faults.append(Fault("use_dora", what, "ZeRO stage 2 or DDP; or leave it out"))
     if why is not None:
         faults.append(Fault("fsdp" if config.deepspeed is None else "deepspeed", *why))
     if config.deepspeed is not None:

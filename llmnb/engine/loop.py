@@ -69,6 +69,7 @@ class Loop(Trainer):
     compute_loss_func: Any
     control: Any
     data_collator: Any
+    optimizer: Any
 
     def __init__(
         self,

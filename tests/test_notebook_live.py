@@ -15,9 +15,9 @@ pytest.importorskip("anywidget")
 
 import llmnb.notebook.live as live
 from llmnb import series
-from llmnb.errors import DatabaseError
-from llmnb.events import CheckpointSaved, Metric, StateChanged
-from llmnb.notebook import poller, still
+from llmnb.errors import DatabaseError, NotFound, RunError
+from llmnb.events import CheckpointSaved, Metric, Note, StateChanged
+from llmnb.notebook import comparison, poller, steering, still
 from llmnb.series import Curve
 
 STATIC = Path(live.__file__).parent / "static"
@@ -29,6 +29,7 @@ class FakeRun:
     def __init__(self, steps=100, id="20261121-180412-345-tickets"):
         self.id = id
         self.said, self.trouble, self.looks = [], None, 0
+        self.asked, self.refusal = [], None
         self._record = {"_id": id, "model": "tickets", "version": 2, "state": "running", "counts": {"steps": steps}}
 
     @property
@@ -40,6 +41,23 @@ class FakeRun:
 
     def events(self, after=0):
         return [e for e in self.said if e.seq > after]
+
+    def columns(self, names, after, until):
+        return None
+
+    def logs(self, n=50):
+        return "<b>printed</b>"
+
+    def stop(self):
+        self.asked.append("stop")
+
+    def kill(self):
+        self.asked.append("kill")
+
+    def resume(self, **words):
+        self.asked.append("resume")
+        if self.refusal:
+            raise self.refusal
 
     def say(self, *events):
         for event in events:
@@ -81,11 +99,6 @@ def page(monkeypatch):
     found = Page()
     monkeypatch.setattr(live.LiveChart, "send", lambda self, m, buffers=None: found.messages.append((m, buffers)))
 
-    def display(first, display_id=False, raw=False):
-        found.handles.append(Handle(first))
-        return found.handles[-1]
-
-    monkeypatch.setattr(live, "display", display)
     return found
 
 
@@ -95,11 +108,35 @@ def shown(run, view, curve=None):
     return curve
 
 
-def opened(run, page):
-    view = live.LiveView(run.id)
+def opened(run, page, **options):
+    view = live.LiveView(run, **options)
+    view.keep(Handle({}))
     curve = shown(run, view)
-    view.display()
     return view, curve
+
+
+def ready(view):
+    view._heard(None, {"kind": "ready"}, [])
+
+
+def choose(view, **choices):
+    view._heard(None, {"kind": "choose", "choices": choices}, [])
+
+
+def status_of(page):
+    """The words as the page has them: each message says what changed."""
+    known = {}
+    for message, _ in page.messages:
+        if message["kind"] in ("snapshot", "append"):
+            known.update(message["status"])
+    return known
+
+
+def until(true, patience=10.0):
+    end = time.monotonic() + patience
+    while not true():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
 
 
 # --- what goes to the page ------------------------------------------------------------------------------------
@@ -112,21 +149,22 @@ def test_the_page_gets_snapshots_until_it_listens_then_only_what_is_new(page):
     run.losses(2.0)
     curve = shown(run, view, curve)
     assert page.kinds() == ["snapshot", "snapshot"], "nobody has said that it listens"
-    view._heard(None, {"kind": "ready"}, [])
+    ready(view)
     run.losses(1.5)
     shown(run, view, curve)
     assert page.kinds()[2:] == ["snapshot", "append"]
-    message, (steps, loss, smooth, eval_steps, eval_loss) = page.last()
-    assert steps == (4.0,) and loss == (1.5,) and len(smooth) == 1 and eval_steps == eval_loss == ()
+    message, (steps, loss, smooth, *rest) = page.last()
+    assert steps == (4.0,) and loss == (1.5,) and len(smooth) == 1 and rest == [()] * 6
     assert message["base"] == 3 and message["seq"] == 4
-    assert message["status"]["points"] == 4 and message["status"]["step"] == "step 4 / 100"
+    assert set(message["status"]) == {"points", "step", "share", "facts", "loses"}, "only what changed"
+    assert status_of(page)["points"] == 4 and status_of(page)["step"] == "step 4 / 100"
 
 
 def test_nothing_new_sends_nothing(page):
     run = FakeRun()
     run.losses(3.0)
     view, curve = opened(run, page)
-    view._heard(None, {"kind": "ready"}, [])
+    ready(view)
     count = len(page.messages)
     for _ in range(5):
         curve = shown(run, view, curve)
@@ -136,11 +174,11 @@ def test_nothing_new_sends_nothing(page):
 def test_snapshot_and_appends_together_are_the_whole_curve(page):
     run = FakeRun()
     view, curve = opened(run, page)
-    view._heard(None, {"kind": "ready"}, [])
+    ready(view)
     for i in range(30):
         run.losses(3.0 - i / 20, math.nan if i == 7 else 2.0)
         curve = shown(run, view, curve)
-    columns = [[], [], [], [], []]
+    columns = [[] for _ in range(9)]
     for message, buffers in page.messages:
         new = [list(struct.unpack(f"<{len(b) // 8}d", b)) for b in buffers]
         columns = new if message["kind"] == "snapshot" else [a + b for a, b in zip(columns, new)]
@@ -155,7 +193,7 @@ def test_a_resumed_run_is_drawn_anew(page):
     run = FakeRun()
     run.losses(3.0, 2.5, 2.0, 1.5)
     view, curve = opened(run, page)
-    view._heard(None, {"kind": "ready"}, [])
+    ready(view)
     run.losses(2.6, start=2)
     shown(run, view, curve)
     assert page.kinds()[-1] == "snapshot" and page.last()[1][0] == (1.0, 2.0)
@@ -165,30 +203,34 @@ def test_a_long_run_stays_small_in_the_page(page):
     run = FakeRun(steps=200_000)
     run.losses(*([1.0] * 50_000))
     view, curve = opened(run, page)
-    view._heard(None, {"kind": "ready"}, [])
+    ready(view)
     assert len(page.last()[1][0]) <= 2100
     run.losses(*([1.0] * 5000))
     curve = shown(run, view, curve)
     run.losses(1.0)
     curve = shown(run, view, curve)
     assert page.kinds()[-1] == "snapshot" and len(page.last()[1][0]) <= 2100
-    assert page.last()[0]["status"]["points"] == 55_001
+    assert status_of(page)["points"] == 55_001
 
 
 def test_zooming_gets_the_range_in_detail(page):
     run = FakeRun(steps=50_000)
     run.losses(*(1.0 + (i == 12_345) for i in range(50_000)))
     view, _ = opened(run, page)
-    view._heard(None, {"kind": "range", "range": [12_000, 12_500], "view": "v1"}, [])
+    choose(view, zoom=[12_000, 12_500])
     message, (steps, loss, *_rest) = page.last()
-    assert message == {"kind": "detail", "view": "v1"}
+    assert message == {"kind": "detail", "zoom": [12_000, 12_500]}
     assert len(steps) == 503 and max(loss) == 2.0
+    ready(view)
+    assert page.kinds()[-2:] == ["snapshot", "detail"], "a page that is loaded again is as zoomed as it was"
+    choose(view, zoom=None)
+    assert page.kinds()[-1] == "detail" and status_of(page)["choices"]["zoom"] is None
 
 
 def test_a_message_of_no_known_kind_is_passed_over(page):
     view, _ = opened(FakeRun(), page)
     count = len(page.messages)
-    for message in ("ready", None, {}, {"kind": "other"}):
+    for message in ("ready", None, {}, {"kind": "other"}, {"kind": "press", "what": "burn"}, {"kind": "choose"}):
         view._heard(None, message, [])
     assert len(page.messages) == count
 
@@ -201,40 +243,42 @@ def test_the_widget_state_holds_the_run_id_and_nothing_secret(page):
     state = view.widget.get_state()
     ours = {k: v for k, v in state.items() if not k.startswith("_") and k not in ("layout", "tabbable", "tooltip")}
     assert ours == {"run": run.id}
-    assert "geheim" not in repr(state) + repr(page.messages) + repr([h.shown for h in page.handles[1:]])
+    assert "geheim" not in repr(state) + repr(page.messages) + repr(view._kept.shown)
 
 
 # --- what stays in the file --------------------------------------------------------------------------------------
 
 
-def test_at_the_end_the_display_becomes_a_still(page):
+def test_at_the_end_the_second_output_is_the_final_still(page):
     run = FakeRun(steps=3)
     run.losses(3.0, 2.0)
     view, curve = opened(run, page)
-    widget, kept = page.handles
-    assert isinstance(widget.shown[0], live.LiveChart) and "llmnb-kept" in kept.shown[0]["text/html"]
+    kept = view._kept
+    assert "llmnb-kept" in kept.shown[1]["text/html"]
     run.losses(1.0)
     run.end()
     curve = shown(run, view, curve)
+    count = len(kept.shown)
     curve = shown(run, view, curve)
-    assert len(widget.shown) == 2, "once, not at every look"
-    last = widget.shown[-1]
+    assert len(kept.shown) == count, "once, not at every look"
+    last = kept.shown[-1]
     assert set(last) == {"text/plain", "text/html", "image/svg+xml"}
     assert 'data-status="done"' in last["text/html"] and 'data-points="3"' in last["text/html"]
+    assert "llmnb-kept" in last["text/html"], "out of sight while the widget lives"
     assert "done" in last["text/plain"] and "step 3 / 3" in last["text/plain"]
-    assert kept.shown[-1] == {"text/plain": "", "text/html": ""}, "the second picture is not needed any more"
+    assert status_of(page)["state"] == "done", "the page has the end, too"
     run.say(CheckpointSaved(step=3, digest="d", best=True))
     shown(run, view, curve)
-    assert "checkpoints" in widget.shown[-1]["text/plain"], "what trickles in after the end is drawn, too"
+    assert "checkpoints" in kept.shown[-1]["text/plain"], "what trickles in after the end is drawn, too"
 
 
-def test_a_run_that_is_over_is_shown_as_a_still_at_once(page):
+def test_a_run_that_is_over_is_shown_with_its_still(page):
     run = FakeRun()
     run.losses(3.0, 2.0)
     run.end("failed", what="The learning rate was too high.")
-    opened(run, page)
-    (only,) = page.handles
-    assert "The learning rate was too high." in only.shown[0]["text/plain"] and page.messages == []
+    view, _ = opened(run, page)
+    assert "The learning rate was too high." in view._kept.shown[-1]["text/plain"]
+    assert status_of(page)["alert"] == "The learning rate was too high."
 
 
 def test_while_running_a_picture_is_kept_for_the_file(page, monkeypatch):
@@ -244,7 +288,247 @@ def test_while_running_a_picture_is_kept_for_the_file(page, monkeypatch):
     view, curve = opened(run, page)
     run.losses(2.0, 1.0)
     shown(run, view, curve)
-    assert 'data-points="3"' in page.handles[1].shown[-1]["text/html"]
+    assert 'data-points="3"' in view._kept.shown[-1]["text/html"]
+
+
+# --- what a person chooses ---------------------------------------------------------------------------------------
+
+
+def test_choices_outlive_the_page(page):
+    run = FakeRun()
+    run.losses(3.0, 1.0, 2.0)
+    view, _ = opened(run, page)
+    ready(view)
+    choose(view, smooth=0.0, log=True, nonsense=1)
+    assert page.kinds()[-1] == "snapshot" and page.last()[1][2] == (3.0, 1.0, 2.0), "smoothed by nothing"
+    count = len(page.messages)
+    choose(view, smooth=0.0)
+    assert len(page.messages) == count, "what was chosen before is not drawn again"
+    ready(view)
+    chosen = page.last()[0]["status"]["choices"]
+    assert chosen == {"smooth": 0.0, "log": True, "zoom": None, "printed": False, "compare": []}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("smooth", 1), ("smooth", "x"), ("smooth", -0.1), ("zoom", [1]), ("zoom", [1, math.inf])]
+)
+def test_a_choice_that_makes_no_sense_is_the_default(page, name, value):
+    view, _ = opened(FakeRun(), page)
+    choose(view, smooth=0.9, zoom=[1, 2])
+    choose(view, **{name: value})
+    assert view.choices[name] == live.CHOICES[name]
+
+
+def test_smoothing_goes_on_with_what_is_appended(page):
+    run = FakeRun()
+    run.losses(3.0, 1.0)
+    view, curve = opened(run, page)
+    ready(view)
+    choose(view, smooth=0.9)
+    run.losses(2.0)
+    curve = shown(run, view, curve)
+    assert page.kinds()[-1] == "append"
+    assert page.last()[1][2][0] == pytest.approx(series.smooth(curve["loss"].values, 0.9)[-1])
+
+
+def test_a_range_that_still_grows_is_sent_again(page, monkeypatch):
+    monkeypatch.setattr(live, "_DETAIL_EVERY", 0.0)
+    run = FakeRun()
+    run.losses(3.0, 1.0)
+    view, curve = opened(run, page)
+    ready(view)
+    choose(view, zoom=[1, 3])
+    for expected in ("detail", "append"):
+        run.losses(2.0)
+        curve = shown(run, view, curve)
+        assert page.kinds()[-1] == expected
+
+
+def test_a_view_that_nobody_sees_sends_nothing_until_somebody_does(page):
+    run = FakeRun()
+    run.losses(3.0)
+    view, curve = opened(run, page)
+    ready(view)
+    view._heard(None, {"kind": "gone"}, [])
+    assert page.kinds()[-1] == "anyone", "another page may show it, too"
+    count = len(page.messages)
+    run.losses(2.0)
+    shown(run, view, curve)
+    assert len(page.messages) == count
+    ready(view)
+    assert page.kinds()[-1] == "snapshot" and page.last()[1][0] == (1.0, 2.0)
+
+
+def test_the_log_is_read_while_it_is_open_only(page, monkeypatch):
+    monkeypatch.setattr(live, "_LOG_EVERY", 0.05)
+    run = FakeRun()
+    run.say(Note(level="warning", text="12 rows were cut", time=1000.0))
+    view, _ = opened(run, page)
+    choose(view, printed=True)
+    until(lambda: "log" in page.kinds())
+    message = next(m for m, _ in page.messages if m["kind"] == "log")
+    assert message["text"] == "<b>printed</b>" and message["notes"][0].endswith("warning: 12 rows were cut")
+    time.sleep(0.3)
+    assert page.kinds().count("log") == 1, "only when it says something new"
+    choose(view, printed=False)
+    until(lambda: not view._printing.is_alive())
+
+
+# --- steering --------------------------------------------------------------------------------------------------------
+
+
+def press(view, what):
+    view._heard(None, {"kind": "press", "what": what}, [])
+
+
+def test_stop_is_said_at_once_and_done_on_a_thread(page):
+    run = FakeRun()
+    run.losses(3.0)
+    view, curve = opened(run, page)
+    ready(view)
+    press(view, "stop")
+    assert status_of(page)["doing"] == "stop"
+    press(view, "stop")
+    until(lambda: run.asked == ["stop"])
+    run._record.update(state="stopping")
+    until(lambda: not view._steering._busy)
+    shown(run, view, curve)
+    found = status_of(page)
+    assert (
+        found["doing"] == "" and found["reasons"]["stop"] == "it is stopping already" and not found["reasons"]["kill"]
+    )
+    press(view, "kill")
+    until(lambda: run.asked == ["stop", "kill"])
+
+
+def test_what_a_button_could_not_do_is_said(page):
+    run = FakeRun()
+    run.losses(3.0)
+    run.end("stopped")
+    run.refusal = RunError("Nothing is left to do.", seen="step 3 of 3", todo="train it further")
+    view, _ = opened(run, page)
+    press(view, "resume")
+    until(lambda: status_of(page)["said"])
+    assert status_of(page)["said"] == "Nothing is left to do (step 3 of 3). To do: train it further."
+    assert status_of(page)["doing"] == ""
+
+
+def test_each_button_says_why_it_cannot_be_pressed():
+    def why(state, **record):
+        return steering.reasons(Curve(state=state, step=record.pop("step", 0), total=100), record)
+
+    assert why("running") == {"stop": "", "kill": "", "resume": "the run goes on"}
+    assert why("stopped")["resume"] == "" and "ended (stopped)" in why("stopped")["kill"]
+    assert why("done", step=100)["resume"].startswith("all its steps are done")
+    assert why("running", control="kill")["kill"] == "it is ending already"
+    assert set(steering.reasons(Curve(), {}, gone=True).values()) == {"the run was removed"}
+
+
+def test_a_kill_says_what_it_loses():
+    curve = series.fold(Curve(), [Metric(seq=1, step=420, values={"loss": 1.0})])
+    assert steering.loses(curve) == "lose all 420 steps: no checkpoint is saved yet"
+    saved = series.fold(curve, [CheckpointSaved(seq=2, step=400, digest="d")])
+    assert steering.loses(saved) == "lose what came after step 400"
+    assert steering.loses(Curve()) == "end it before its first step"
+
+
+# --- beside other runs -----------------------------------------------------------------------------------------------
+
+
+def test_runs_are_compared_by_what_differs():
+    one = {
+        "_id": "a",
+        "model": "t",
+        "version": 1,
+        "config": {
+            "lora_r": 8,
+            "use_lora": True,
+            "output_dir": "x",
+            "select": {"collection": "docs"},
+            "arguments": {"learning_rate": 2e-4},
+        },
+    }
+    other = {
+        "_id": "b",
+        "model": "t",
+        "version": 2,
+        "config": {
+            "lora_r": 16,
+            "use_lora": True,
+            "output_dir": "y",
+            "select": {"collection": "docs", "filter": {"lang": "en"}},
+            "arguments": {"max_steps": 5},
+        },
+    }
+    found = dict(comparison.differences([one, other]))
+    assert found == {
+        "lora_r": ["8", "16"],
+        "learning_rate": ["0.0002", "default"],
+        "max_steps": ["default", "5"],
+        "filter": ["default", '{"lang": "en"}'],
+    }
+    curve = series.fold(Curve(state="done", total=3), [Metric(seq=1, step=3, values={"loss": 1.0, "eval_loss": 1.5})])
+    rows = dict(comparison.outcomes([curve, Curve()]))
+    assert rows["best eval"] == ["1.500 at 3", "–"] and rows["state"] == ["done", "queued"]
+    assert comparison.table([one, other], [curve, Curve()])["heads"] == ["t v1", "t v2"]
+
+
+class Shell:
+    """A session with two runs, and a poller of its own."""
+
+    def __init__(self, *runs):
+        self.runs_ = {run.id: run for run in runs}
+        self.poller_ = poller.Poller()
+        self.store = self.runs = self
+
+    def database(self):
+        return self
+
+    def poller(self):
+        return self.poller_
+
+    def run(self, id):
+        return self.runs_[id]
+
+    def list(self, limit=0):
+        return [run.record for run in self.runs_.values()]
+
+    def find_lost(self):
+        return []
+
+
+def test_other_runs_are_drawn_over_it(page):
+    run, other = FakeRun(), FakeRun(id="20261121-190000-000-tickets")
+    other._record.update(version=3, config={"lora_r": 16})
+    other.losses(4.0, 3.0)
+    run.losses(3.0)
+    shell = Shell(run, other)
+    view, _ = opened(run, page, session=shell)
+
+    def others():
+        return [m for m, _ in page.messages if m["kind"] == "others"]
+
+    try:
+        view._heard(None, {"kind": "runs"}, [])
+        until(lambda: "runs" in page.kinds())
+        assert page.messages[-1][0]["runs"] == [[other.id, "tickets v3 · running"]], "not itself"
+        choose(view, compare=[other.id, run.id])
+        until(lambda: any(m["runs"] for m in others()))
+        message, buffers = next((m, b) for m, b in page.messages if m["kind"] == "others" and m["runs"])
+        assert struct.unpack("<2d", buffers[0]) == (1.0, 2.0) and message["runs"][0]["title"] == "tickets v3"
+        assert ["lora_r", "default", "16"] in message["table"]["rows"]
+        ready(view)
+        assert page.kinds()[-2:] == ["snapshot", "others"], "and again for a page that is loaded again"
+        choose(view, compare=[])
+        until(lambda: not others()[-1]["runs"])
+        until(lambda: other.id not in shell.poller_.runs)
+        choose(view, compare=["nosuch"])
+        until(lambda: others()[-1]["trouble"])
+    finally:
+        shell.poller_.stop()
+
+
+# --- stills ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_still_is_escaped_and_draws_gaps():
@@ -281,13 +565,6 @@ class Recorder:
         self.closed = True
 
 
-def until(true, patience=10.0):
-    end = time.monotonic() + patience
-    while not true():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-
-
 @pytest.fixture
 def watcher():
     found = poller.Poller()
@@ -299,7 +576,7 @@ def test_the_thread_shows_what_is_new_and_ends_with_the_run(watcher):
     run, view = FakeRun(), Recorder()
     run.losses(3.0)
     watcher.watch(run, view, list)
-    assert view.seen == [(1, "running", "")], "at once"
+    until(lambda: view.seen == [(1, "running", "")])
     run.losses(2.0)
     until(lambda: view.seen[-1][0] == 2)
     run.end()
@@ -313,7 +590,7 @@ def test_two_views_share_one_thread_and_one_look(watcher):
     for view in views:
         watcher.watch(run, view, list)
     run.losses(2.0)
-    until(lambda: all(v.seen[-1][0] == 1 for v in views))
+    until(lambda: all(v.seen and v.seen[-1][0] == 1 for v in views))
     assert [t.name for t in threading.enumerate()].count("llmnb-watch") == 1
 
 
@@ -329,13 +606,42 @@ def test_a_database_that_goes_away_is_said_and_waited_for(watcher, monkeypatch):
     monkeypatch.setattr(poller, "PATIENCE", 0.3)
     run, view = FakeRun(), Recorder()
     run.losses(3.0)
-    watcher.watch(run, view, list)
+    watcher.watch(run, view, list, wait=5)
     run.trouble = DatabaseError("The server is gone.")
     until(lambda: "does not answer" in view.seen[-1][2])
     assert view.seen[-1][0] == 1, "what was drawn stays"
     run.losses(2.0)
     run.trouble = None
     until(lambda: view.seen[-1] == (2, "running", ""))
+
+
+def test_a_run_that_is_removed_is_said_and_asked_for_no_more(watcher):
+    run, view = FakeRun(), Recorder()
+    run.losses(3.0)
+    watcher.watch(run, view, list, wait=5)
+    run.trouble = NotFound("run", run.id, [])
+    until(lambda: "was removed" in view.seen[-1][2])
+    until(lambda: not watcher.runs)
+    looks = run.looks
+    time.sleep(0.6)
+    assert run.looks == looks
+
+
+def test_a_resumed_run_goes_on_in_the_views_that_it_had(watcher):
+    run, view = FakeRun(), Recorder()
+    run.losses(3.0)
+    run.end("stopped")
+    watcher.watch(run, view, list)
+    until(lambda: not watcher.runs)
+    run._record.update(state="running")
+    run.losses(2.0)
+    later = Recorder()
+    watcher.watch(run, later, list)
+    until(lambda: view.seen[-1][:2] == (2, "running") and later.seen and later.seen[-1][:2] == (2, "running"))
+    watcher.leave(run.id, later)
+    run.losses(1.0)
+    until(lambda: view.seen[-1][0] == 3)
+    assert later.seen[-1][0] == 2
 
 
 def test_a_view_that_fails_does_not_stop_the_others(watcher):
@@ -350,7 +656,7 @@ def test_a_view_that_fails_does_not_stop_the_others(watcher):
     watcher.watch(run, Bad(), list)
     watcher.watch(run, good, list)
     run.losses(2.0)
-    until(lambda: good.seen[-1][0] == 1)
+    until(lambda: good.seen and good.seen[-1][0] == 1)
 
 
 def test_lost_runs_are_looked_for_while_one_watches(watcher, monkeypatch):
@@ -400,6 +706,6 @@ def test_the_vendored_files_are_what_their_hashes_say():
 
 def test_nothing_is_fetched_from_elsewhere():
     text = live.LiveChart._esm + live.LiveChart._css
-    ours = (STATIC / "live.js").read_text() + (STATIC / "live.css").read_text()
+    ours = "".join((STATIC / name).read_text() for name in ("live_charts.js", "live_parts.js", "live.js", "live.css"))
     assert "http://" not in ours and "https://" not in ours
     assert "import(" not in text and "@import" not in text

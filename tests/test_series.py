@@ -7,6 +7,8 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmnb import series
 from llmnb.events import CheckpointSaved, Metric, Note, StateChanged
@@ -52,6 +54,61 @@ def test_folding_changes_nothing_it_was_given():
     before = first["loss"].values.copy()
     series.fold(first, losses([9.0], start=2, seq=3))
     assert first["loss"].values.tolist() == before.tolist() and first.seq == 2
+
+
+def test_what_has_grown_leaves_what_it_grew_from_alone():
+    first = Points(*(np.array([1.0, 2.0]) for _ in range(3)))
+    grown = first.extended([3], [9.0], [3])
+    one, other = grown.extended([4], [1.0], [4]), grown.extended([4], [2.0], [4])
+    assert one.values.tolist() == [1, 2, 9, 1] and other.values.tolist() == [1, 2, 9, 2]
+    assert grown.values.tolist() == [1, 2, 9] and first.values.tolist() == [1, 2]
+    back = one.extended([2], [5.0], [5])
+    assert back.values.tolist() == [1, 5] and one.values.tolist() == [1, 2, 9, 1]
+
+
+def test_growing_a_long_series_costs_what_is_new():
+    count = 1_000_000
+    points = Points(*(np.arange(count, dtype=float) for _ in range(3))).extended([count], [1.0], [1.0])
+    begin = time.process_time()
+    for step in range(count + 1, count + 1001):
+        points = points.extended([step], [1.0], [1.0])
+    assert time.process_time() - begin < 1.0 and len(points) == count + 1001
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["loss", "eval_loss", "both"])), max_size=40),
+    st.integers(0, 40),
+)
+def test_metrics_taken_as_columns_give_the_curve_that_folding_gives(said, cut):
+    """Also when a run went back, once or often, before or within the columns."""
+    names = {"both": ("loss", "eval_loss")}
+    events = [
+        Metric(seq=i, time=1000.0 + i, step=step, epoch=i / 2, values={n: i / 3 for n in names.get(name, (name,))})
+        for i, (step, name) in enumerate(said, 1)
+    ]
+    before, rest = series.fold(Curve(), events[:cut]), events[cut:]
+    columns = series.Columns(
+        np.array([e.seq for e in rest], dtype=np.int64),
+        np.array([e.step for e in rest], dtype=float),
+        np.array([e.time for e in rest]),
+        {n: np.array([e.values.get(n, math.nan) for e in rest]) for n in ("loss", "eval_loss")},
+        {n: np.array([n in e.values for e in rest], dtype=bool) for n in ("loss", "eval_loss")},
+        rest[-1].epoch if rest else None,
+    )
+    folded, taken = series.fold(before, rest), series.taken(before, columns)
+    assert (taken.seq, taken.step, taken.epoch, taken.times) == (folded.seq, folded.step, folded.epoch, folded.times)
+    for name in ("loss", "eval_loss"):
+        for part in ("steps", "values", "times"):
+            assert getattr(taken[name], part).tolist() == getattr(folded[name], part).tolist()
+
+
+@given(st.lists(st.floats(-5, 5) | st.just(math.nan), max_size=60), st.integers(0, 60), st.floats(0, 0.99))
+def test_smoothing_in_pieces_is_smoothing_at_once(values, cut, weight):
+    whole = series.smooth(np.array(values), weight)
+    first, average = series.Average(weight).over(np.array(values[:cut]))
+    second, _ = average.over(np.array(values[cut:]))
+    assert np.allclose(np.concatenate([first, second]), whole, equal_nan=True)
 
 
 def test_a_resumed_run_takes_every_series_back():

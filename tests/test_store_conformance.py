@@ -464,6 +464,31 @@ def test_an_event_of_a_newer_version_is_a_note(store):
     assert note.seq == 1 and note.level == "warning" and "hologram" in note.text
 
 
+def test_metrics_come_as_columns_from_a_server(store, monkeypatch):
+    import llmnb.store.events as module
+
+    monkeypatch.setattr(module, "_PART", 7)
+    monkeypatch.setattr(module, "_RECORD", 3)
+    events = [
+        StateChanged(seq=1, state="running"),
+        *(Metric(seq=i, time=float(i), step=i * 2, epoch=i / 10, values={"loss": i / 3}) for i in range(2, 40)),
+        Metric(seq=40, time=40.0, step=80, epoch=4.0, values={"loss": math.nan, "eval_loss": 1.5}),
+        Metric(seq=41, time=41.0, step=82, epoch=4.1, values={"loss": 1}),
+    ]
+    store.events.append("run", events)
+    found = store.events.columns("run", ("loss", "eval_loss", "nosuch"), 3, 40)
+    if store.mock:
+        assert found is None, "then the events are read"
+        return
+    assert found.seqs.tolist() == list(range(4, 41)) and found.steps.tolist() == [2.0 * i for i in range(4, 41)]
+    assert found.times.tolist() == [float(i) for i in range(4, 41)] and found.epoch == 4.0
+    assert found.values["loss"][:-1].tolist() == [i / 3 for i in range(4, 40)] and math.isnan(found.values["loss"][-1])
+    assert found.said["loss"].all(), "a NaN that was said is one"
+    assert np.flatnonzero(found.said["eval_loss"]).tolist() == [36] and not found.said["nosuch"].any()
+    assert len(store.events.columns("run", ("loss",), 41, 41)) == 0
+    assert len(store.events.columns("nosuch", ("loss",), 0, 41)) == 0
+
+
 def test_events_raise_the_run_s_last_seq(store):
     run = new_run(store)["_id"]
     store.events.append(run, [Note(seq=1, text="a"), Note(seq=2, text="b")])

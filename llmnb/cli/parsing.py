@@ -125,7 +125,7 @@ def _runs(commands: Any) -> None:
         made = _add(commands, name, "running", help)
         made.add_argument("run", nargs="?" if name == "watch" else None, default="latest", metavar="RUN", help=_RUN)
         if name == "stop":
-            made.add_argument("--kill", action="store_true", help="end it now, without a checkpoint")
+            made.add_argument("--now", "--kill", action="store_true", help="end it now, without a checkpoint")
         _where(made)
     made = _add(
         commands,

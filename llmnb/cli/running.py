@@ -88,7 +88,7 @@ def _tell(run: Any, follower: paper.Follower) -> None:
 def stop(known: argparse.Namespace) -> int:
     """Asks a run to end."""
     run = _database(known).run(known.run)
-    if known.kill:
+    if known.now:
         run.kill()
         print(f"{run.id}: {run.state}")
     else:

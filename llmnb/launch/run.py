@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import psutil
 
 from ..checkpoint import Checkpoint
 from ..errors import NotFound, RunError
-from ..events import Event, Metric, StateChanged
+from ..events import CheckpointSaved, Event, Metric, Note, StateChanged
 from . import away, runner, spool
 from .burial import bury
 from .jobs import at
@@ -24,6 +24,7 @@ from .progress import Progress
 from .remote import lost_because, why_it_ended, withdraw
 
 if TYPE_CHECKING:
+    from ..series import Columns
     from ..store import Store
 
 __all__ = ["FINAL", "Run", "WorkerTraceback"]
@@ -31,6 +32,7 @@ __all__ = ["FINAL", "Run", "WorkerTraceback"]
 FINAL = frozenset({"done", "failed", "stopped", "lost"})
 # How often a waiting handle looks whether the worker is still there, seconds.
 _LOOK_EVERY_S = 5.0
+_NOT_METRICS = (CheckpointSaved.kind, Note.kind, StateChanged.kind)
 
 
 class WorkerTraceback(Exception):
@@ -96,6 +98,17 @@ class Run:
         """
         found = self._store.events.since(self.id, after)
         return found or self._spooled(after)
+
+    def columns(self, names: Sequence[str], after: int, until: int) -> tuple[Columns, list[Event]] | None:
+        """Its metrics after ``after`` up to ``until`` as columns, and its other events in between.
+
+        For long runs: see ``store.Events.columns``. None where the database cannot do it.
+        """
+        found = self._store.events.columns(self.id, names, after, until)
+        if found is None:
+            return None
+        others = self._store.events.since(self.id, after, kinds=_NOT_METRICS)
+        return found, [event for event in others if event.seq <= until]
 
     def _spooled(self, after: int) -> list[Event]:
         record = self.record

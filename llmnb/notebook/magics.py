@@ -203,23 +203,30 @@ class LlmMagics(Magics):
 
     @magic_arguments()
     @argument("run", nargs="?", default="latest", help="the run's id; nothing: the newest")
+    @argument("others", nargs="*", help="ids of runs to draw over it")
     @_HELP
     @line_magic
     @bordered
     def llm_watch(self, known: Any, _rest: list[str], _cell: str | None) -> Any:
         """Shows a run's curve, live while it goes on. Returns the run."""
-        run = self.session.database().run(known.run)
-        self.session.watch(run)
+        database = self.session.database()
+        run, *others = (database.run(name) for name in (known.run, *known.others))
+        self.session.watch(run, [other.id for other in others])
         return run
 
     @magic_arguments()
     @argument("run", help="the run's id, or latest")
+    @argument("--now", action="store_true", help="end it now, without a checkpoint")
     @_HELP
     @line_magic
     @bordered
     def llm_stop(self, known: Any, _rest: list[str], _cell: str | None) -> None:
         """Asks a run to save a checkpoint and end."""
         run = self.session.database().run(known.run)
+        if known.now:
+            run.kill()
+            print(f"{run.id}: {run.state}")
+            return
         run.stop()
         print(f"Stopping {run.id}: it saves a checkpoint, then it ends.")
 

@@ -256,11 +256,10 @@ class Panel:
 
     def _watch(self, run: Any) -> None:
         """The same place becomes the run's view."""
-        from .live import LiveView
+        from .runview import RunView
 
-        view = LiveView(run.id)
-        self._session.poller().watch(run, view, self._database.store.runs.find_lost)
-        view.take_over(self._live, self._kept)
+        view = RunView(self._session, run)
+        view.take_over(self._kept)
         with self._lock:
             self._phase = "running"
         self._tell("live", model=view.widget.model_id, run=run.id)

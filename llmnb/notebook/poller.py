@@ -10,19 +10,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from .. import series
-from ..errors import LlmnbError
+from ..errors import LlmnbError, NotFound
 from ..events import Event
-from ..series import Curve
+from ..series import Columns, Curve
 
-__all__ = ["EVERY", "Poller", "View", "read"]
+__all__ = ["EVERY", "GONE", "Poller", "View", "read"]
 
 EVERY = 0.25  # seconds between two looks; a person sees no difference below, and a database feels none above
 PATIENCE = 8.0  # seconds between looks while the database is away
 LOST_EVERY = 10.0  # seconds between two searches for runs without a sign of life
+GONE = "the run was removed from the database: nothing more will come"
+_MANY = 2000  # from so many new events on they are asked for as columns
 log = logging.getLogger(__name__)
 
 
@@ -48,6 +50,9 @@ class Readable(Protocol):
     def events(self, after: int = 0) -> list[Event]:
         """Its events above ``after``."""
 
+    def columns(self, names: Sequence[str], after: int, until: int) -> tuple[Columns, list[Event]] | None:
+        """Its metrics as columns and its other events, or None."""
+
 
 def read(run: Readable, curve: Curve | None = None) -> tuple[Curve, dict[str, Any]]:
     """The newest curve of a run and its record.
@@ -56,6 +61,12 @@ def read(run: Readable, curve: Curve | None = None) -> tuple[Curve, dict[str, An
     """
     record = run.record
     curve = curve or Curve(run=run.id)
+    until = int(record.get("last_seq") or 0)
+    if until - curve.seq > _MANY:
+        found = run.columns(series.DRAWN, curve.seq, until)
+        if found is not None:
+            columns, others = found
+            curve = series.taken(series.fold(curve, others), columns)
     return series.told(series.fold(curve, run.events(curve.seq)), record), record
 
 
@@ -67,56 +78,73 @@ class _Watched:
         self.looked_for_lost = time.monotonic()
         self.rest_until, self.rest = 0.0, EVERY
         self.quiet = 0  # looks since an ended run last said something
+        self.gone = False  # removed from the database
+        self.seen = threading.Event()  # set after the first look
 
     @property
     def over(self) -> bool:
         # the last events of a run may arrive just after its final state
-        return self.curve.ended and self.quiet >= 8
+        return self.gone or (self.curve.ended and self.quiet >= 8)
 
 
 class Poller:
-    """Watches runs until they end. Threads start with the first run and end with the last."""
+    """Watches runs until they end. Its thread starts with the first run and ends with the last.
+
+    The views of a run that is over are kept: when it is watched again, because it was resumed, they go on.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._watched: dict[str, _Watched] = {}
         self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
+        self._stop, self._go = threading.Event(), threading.Event()
 
-    def watch(self, run: Readable, view: View, find_lost: Callable[[], Any]) -> None:
-        """Shows a run's curve to a view: at once what there is, then everything new until the run ends.
+    def watch(self, run: Readable, view: View | None, find_lost: Callable[[], Any], wait: float = 0.0) -> None:
+        """Shows a run's curve to a view: what there is as soon as it was read, then everything new until the run ends.
 
         Args:
             run: the run's handle.
-            view: what shows it.
+            view: what shows it; None looks again for the views that the run has.
             find_lost: marks runs without a sign of life; called now and then while the run goes on.
-
-        Raises:
-            NotFound: there is no such run.
+            wait: seconds to wait for the first look, for a view that is to show something at once.
         """
-        curve, record = read(run)
         with self._lock:
-            watched = self._watched.get(run.id) or _Watched(run, find_lost)
-            if curve.seq >= watched.curve.seq:
-                watched.curve, watched.record = curve, record
-            watched.views.append(view)
-            view.show(watched.curve, watched.record, "")
-            watched.quiet = 0
-            self._watched[run.id] = watched
+            watched = self._watched.get(run.id)
+            if watched is None or watched.gone:
+                watched = self._watched[run.id] = _Watched(run, find_lost)
+            watched.run, watched.find_lost = run, find_lost
+            if view is not None and view not in watched.views:
+                watched.views.append(view)
+                if watched.seen.is_set():
+                    view.show(watched.curve, watched.record, "")
+            watched.quiet, watched.rest_until = 0, 0.0
+            self._go.set()
             if self._thread is None or not self._thread.is_alive():
                 self._stop.clear()
                 self._thread = threading.Thread(target=self._work, name="llmnb-watch", daemon=True)
                 self._thread.start()
+        if wait:
+            watched.seen.wait(wait)
+
+    def leave(self, run: str, view: View) -> None:
+        """A view wants no more of a run."""
+        with self._lock:
+            watched = self._watched.get(run)
+            if watched is not None and view in watched.views:
+                watched.views.remove(view)
+                if not watched.views:
+                    del self._watched[run]
 
     @property
     def runs(self) -> list[str]:
-        """The runs that are watched."""
+        """The runs that are watched and not over."""
         with self._lock:
-            return list(self._watched)
+            return [key for key, watched in self._watched.items() if not watched.over]
 
     def stop(self) -> None:
         """Ends the thread. The views keep what they show; the runs go on."""
         self._stop.set()
+        self._go.set()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout=5)
@@ -127,36 +155,33 @@ class Poller:
             self._watched.clear()
 
     def _work(self) -> None:
-        while not self._stop.wait(EVERY):
+        while not self._stop.is_set():
+            self._go.clear()
             with self._lock:
-                for key, watched in list(self._watched.items()):
-                    if watched.over:
-                        del self._watched[key]
-                current = list(self._watched.values())
+                current = [watched for watched in self._watched.values() if not watched.over]
                 if not current:
                     self._thread = None
                     return
             for watched in current:
                 if time.monotonic() >= watched.rest_until:
                     self._look(watched)
+            self._go.wait(EVERY)
 
     def _look(self, watched: _Watched) -> None:
-        trouble = ""
+        trouble, curve, record = "", watched.curve, watched.record
         try:
             curve, record = read(watched.run, watched.curve)
             self._look_for_lost(watched, record)
             watched.rest = EVERY
+        except NotFound:
+            trouble, watched.gone = GONE, True
         except LlmnbError as error:
             trouble = f"the database does not answer; trying again ({error.what})"
-            curve, record = watched.curve, watched.record
-            watched.rest = min(PATIENCE, watched.rest * 2)
-            watched.rest_until = time.monotonic() + watched.rest
+            self._pause(watched)
         except Exception as error:  # the border of a thread: one bad look must not end the watch
             log.debug("a look at run %s failed", watched.run.id, exc_info=True)
             trouble = f"the run cannot be read just now; trying again ({type(error).__name__})"
-            curve, record = watched.curve, watched.record
-            watched.rest = min(PATIENCE, watched.rest * 2)
-            watched.rest_until = time.monotonic() + watched.rest
+            self._pause(watched)
         with self._lock:
             watched.quiet = watched.quiet + 1 if curve.seq == watched.curve.seq else 0
             watched.curve, watched.record = curve, record
@@ -166,6 +191,12 @@ class Poller:
                 view.show(curve, record, trouble)
             except Exception:  # a page that went away must not end the watch of the others
                 log.debug("a view of run %s failed", watched.run.id, exc_info=True)
+        watched.seen.set()
+
+    @staticmethod
+    def _pause(watched: _Watched) -> None:
+        watched.rest = min(PATIENCE, watched.rest * 2)
+        watched.rest_until = time.monotonic() + watched.rest
 
     def _look_for_lost(self, watched: _Watched, record: Mapping[str, Any]) -> None:
         """A worker that was killed cannot say so; whoever notices writes it down."""

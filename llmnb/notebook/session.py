@@ -77,16 +77,14 @@ class Session:
         """False in a terminal, where no widget can be shown."""
         return hasattr(self.shell, "kernel")
 
-    def watch(self, run: Any) -> None:
-        """Shows the live view of a run (its handle) in the cell that runs."""
+    def watch(self, run: Any, others: list[str] | None = None) -> None:
+        """Shows the live view of a run (its handle) in the cell that runs; ``others``: ids of runs to draw over it."""
         if not self.in_notebook:
             self._say(run)
             return
-        from .live import LiveView
+        from .runview import RunView
 
-        view = LiveView(run.id)
-        self.poller().watch(run, view, self.database().store.runs.find_lost)
-        view.display()
+        RunView(self, run, others).display()
 
     def open_panel(self) -> None:
         """Shows the training panel in the cell that runs."""

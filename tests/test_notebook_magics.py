@@ -296,6 +296,20 @@ def test_stop_writes_one_letter(ready, db):
     assert "Stopping" in said and db.store.runs.control(record["_id"]) == "stop", said
 
 
+def test_stop_now_ends_it_at_once(ready, db):
+    waiting = db.store.runs.create("x", model="x", version=1, config={})["_id"]
+    said, _ = run(ready, f"%llm_stop {waiting} --now")
+    assert f"{waiting}: stopped" in said and db.store.runs.get(waiting)["reason"] == "stopped before it began", said
+
+
+def test_other_runs_are_named_behind_the_first(ready, db):
+    first, second = a_run(db), a_run(db)
+    run(ready, f"r = %llm_watch {first} {second}")
+    assert ready.user_ns["r"].id == first
+    _, result = run(ready, f"%llm_watch {first} nope")
+    assert isinstance(result.error_in_exec, NotFound)
+
+
 def test_resume_hands_over_what_was_typed_and_watches(ready, db, monkeypatch):
     first = a_run(db)
     asked = []

@@ -192,12 +192,15 @@ class LLM(Model):
             AdapterMismatch: the adapter was trained on another base.
             ArtifactError: the folder is in use or cannot be written.
         """
-        from .engine import merging
+        from .engine.quiet import hushed
 
         spec, adapter = self._resolved()
         if adapter is None:
             raise ModelError("There is no adapter to merge.", seen=repr(self), todo="train, or give adapter_id")
-        return merging.merge(spec, adapter, Path(path))
+        with hushed():
+            from .engine import merging
+
+            return merging.merge(spec, adapter, Path(path))
 
     # -- loading ---------------------------------------------------------------------------------------------
 
@@ -206,10 +209,13 @@ class LLM(Model):
         if self.checkpoint != known:
             self.close()
         if self._answerer is None:
-            from .engine.generation import Answerer
+            from .engine.quiet import hushed
 
             spec, adapter = self._resolved()
-            self._answerer = Answerer(spec, adapter)
+            with hushed():
+                from .engine.generation import Answerer
+
+                self._answerer = Answerer(spec, adapter)
         return self._answerer
 
     def _resolved(self) -> tuple[ModelSpec, Path | None]:

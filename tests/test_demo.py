@@ -214,6 +214,21 @@ def test_who_comes_second_takes_the_first_ones(tmp_path, monkeypatch):
     assert (path / "config.json").read_text() == "first"
 
 
+@pytest.mark.slow
+def test_made_apart_it_is_the_same_and_loads_no_torch_here(tmp_path):
+    code = "import sys; from llmnb import demo; p = demo.base_model(sys.argv[1], steps=2, apart=True); "
+    code += "print(p, (p / 'config.json').is_file(), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[1:] == ["True", "False"]
+    assert str(demo.base_model(tmp_path, steps=2)) == done.stdout.split()[0]
+
+
+def test_a_failure_apart_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(DataError, match="could not be made"):
+        newborn._made_apart(tmp_path, tmp_path / "nothing", 5)
+
+
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")

@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from typing import Any
 
 from ..config import ModelSpec, TrainConfig
 from ..engine.hooks import Hooks
+from ..errors import DataError
 from ..events import Event, Note
 from ..store import environment
 from .library import passages
@@ -44,6 +47,7 @@ def base_model(
     progress: Callable[[Event], None] | None = None,
     *,
     steps: int | None = None,
+    apart: bool = False,
 ) -> Path:
     """The folder of the demo's base model; made on the first call (under two minutes on 2 cores), then found again.
 
@@ -51,9 +55,10 @@ def base_model(
         home: whose ``cache`` folder keeps it; ``LLMNB_HOME``, else ``./.llmnb``.
         progress: called with the events of the pre-training, while there is one.
         steps: of the pre-training, when not the recipe's own (a test takes few).
+        apart: makes it in a process of its own, so that this one (a notebook's kernel) never loads torch.
 
     Raises:
-        DataError: this Python's library has no documentation.
+        DataError: this Python's library has no documentation, or the process apart ended early.
         MissingPackage: torch or transformers is not installed.
     """
     recipe = {**RECIPE, "steps": steps or RECIPE["steps"]}
@@ -63,6 +68,8 @@ def base_model(
     folder = cache / f"stdlib-llama-{key}"
     if (folder / "config.json").is_file():
         return folder
+    if apart:
+        return _made_apart(cache.parent.parent, folder, steps)
     cache.mkdir(parents=True, exist_ok=True)
     _sweep(cache)
     work = Path(tempfile.mkdtemp(prefix="making-", dir=cache))
@@ -75,6 +82,19 @@ def base_model(
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _made_apart(home: Path, folder: Path, steps: int | None) -> Path:
+    code = f"from llmnb.demo import base_model; base_model({str(home)!r}, steps={steps!r})"
+    done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if done.returncode != 0 or not folder.is_dir():
+        last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
+        raise DataError(
+            "The demo's base model could not be made.",
+            seen=last[0] if last else f"exit status {done.returncode}",
+            todo="make it in a terminal to see more: python -c 'from llmnb import demo; demo.base_model()'",
+        )
     return folder
 
 

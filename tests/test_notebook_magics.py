@@ -203,6 +203,25 @@ def test_help_of_train_names_every_option(shell):
     assert set(LLMTrainer.names()) <= set(said.split())
 
 
+def test_help_says_first_what_to_type_first(shell):
+    said, _ = run(shell, "%llm_help")
+    lines = said[said.index("first:") :].splitlines()
+    typed = [line[7:].split("  ")[0].strip() for line in lines[:3]]
+    assert typed == ["db = %llm_connect", "%llm_data", "%llm_train --model M --collection C --start"]
+    assert len(lines) < 25 and max(map(len, lines)) < 170, "one screen"
+    shell.kernel = object()  # as in a notebook, where the panel can be shown
+    try:
+        page = shell.run_line_magic("llm_help", "")._repr_html_()
+    finally:
+        del shell.kernel
+    assert page.index("db = %llm_connect") < page.index("the panel: choose model") < page.index("<table")
+
+
+def test_train_alone_in_a_terminal_says_what_to_type(ready):
+    said, result = run(ready, "%llm_train")
+    assert result.success and "--collection docs --start" in said and "docs (40 documents)" in said
+
+
 def complete(shell, line):
     return shell.Completer.complete(line_buffer=line, cursor_pos=len(line))[1]
 

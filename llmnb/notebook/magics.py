@@ -130,8 +130,13 @@ class LlmMagics(Magics):
         --select, --transform, --eval_selects, --deepspeed and the other options that take an object can be given the
         name of a variable.
         """
-        if self.session.in_notebook and not rest and not any(vars(known).values()):
-            self.session.open_panel()
+        if not rest and not any(vars(known).values()):
+            if self.session.in_notebook:
+                self.session.open_panel()
+            else:
+                from .help import training_in_a_terminal
+
+                print(training_in_a_terminal(self.session.database().store.collections()))
             return None
         plan = self._plan(known, named(rest))
         if not known.start:
@@ -332,22 +337,11 @@ class LlmMagics(Magics):
     @_HELP
     @line_magic
     @bordered
-    def llm_help(self, known: Any, _rest: list[str], _cell: str | None) -> Table:
-        """Lists these magics."""
-        rows = []
-        for name in NAMES:
-            function = getattr(self, name)
-            usage = " ".join(function.parser.format_usage().replace("::", "").replace("[--help]", "").split())
-            usage = "options" if name == "llm_train" else usage.removeprefix(f"%{name}").strip()
-            sign = "%%" if name == "llm_chat" else "%"
-            if name == "llm_resume":
-                usage = "[RUN] [--num_train_epochs N] [--OPTION VALUE …]"
-            if name == "llm_train":
-                usage = "[--model M --collection C [--OPTION VALUE …] [--start]]"
-            rows.append((sign + name, usage, _first_sentence(magic_words(function))))
-        return Table(
-            ("magic", "arguments", ""), rows, note="Each takes --help. Tab completes options, runs and checkpoints."
-        )
+    def llm_help(self, known: Any, _rest: list[str], _cell: str | None) -> Any:
+        """Says what to type first, and lists these magics."""
+        from .help import Help
+
+        return Help([(name, getattr(self, name)) for name in NAMES], self.session.in_notebook)
 
     def more_help(self, name: str) -> None:
         """What ``--help`` says beyond the parser's own."""
@@ -357,15 +351,6 @@ class LlmMagics(Magics):
 
         print("\nEvery other option, as --NAME VALUE:")
         print(textwrap.fill("  ".join(known_settings()), 110, initial_indent="  ", subsequent_indent="  "))
-
-
-def magic_words(function: Any) -> str:
-    """A magic's own docstring, without the usage that IPython puts before it."""
-    return str(function.parser.description or "")
-
-
-def _first_sentence(text: str) -> str:
-    return " ".join(text.split()).split(". ")[0].rstrip(".") + "."
 
 
 def _took(record: dict[str, Any]) -> str:

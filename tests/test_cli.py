@@ -15,7 +15,7 @@ from llmnb.errors import ConfigError
 from llmnb.events import Metric, Note
 
 COMMANDS = ["quickstart", "train", "runs", "watch", "stop", "resume", "chat"]
-COMMANDS += ["data", "checkpoints", "merge", "export", "show", "db", "ray", "doctor"]
+COMMANDS += ["data", "checkpoints", "merge", "export", "show", "db", "ray", "lab", "doctor"]
 HEAVY = ("torch", "transformers", "ray", "pymongo", "plotly", "IPython", "rich", "numpy", "deepspeed")
 
 

@@ -25,7 +25,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if not hasattr(known, "module"):
         parser.print_help()
         raise SystemExit(2)
-    if rest and known.function not in ("train", "chat", "resume"):
+    if rest and known.function not in ("train", "chat", "resume", "lab"):
         known.parser.error(f"not understood: {' '.join(rest)}")
     known.more = rest
     return known
@@ -206,6 +206,15 @@ def _services(commands: Any) -> None:
     made = _add(commands, "ray", "services", "what carries out background runs on this machine: status, stop")
     made.add_argument("action", choices=("status", "stop"))
     made.add_argument("--home", metavar="DIR", help="its folder (LLMNB_HOME, ./.llmnb)")
+    made = _add(
+        commands,
+        "lab",
+        "lab",
+        "open JupyterLab at the first tutorial",
+        "The tutorials are copied to ./llmnb-tutorials when they are not here. It listens on this machine only. Other "
+        "options go to JupyterLab: --port 9000, --allow-root, …",
+    )
+    made.add_argument("--no-browser", dest="browser", action="store_false", help="only print the address")
     made = _add(commands, "doctor", "doctor", "what this machine can do, and what to do about what it cannot")
     made.add_argument("--offline", action="store_true", help="do not look for the model hub")
     _where(made)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 
 import pytest
@@ -106,6 +107,39 @@ def test_unloading_restores_everything(shell):
     load(shell)
     load(shell)
     assert len(shell.Completer.custom_matchers) == matchers
+
+
+def test_unloading_ends_the_thread_and_the_processes_and_nothing_else(ready, db):
+    before = set(threading.enumerate())
+    first = a_run(db, "queued")
+    session = ready._llmnb_loaded.session
+    session.poller().watch(db.run(first), Quiet(), db.store.runs.find_lost)
+    closed = []
+    session._chats = session._previews = Closing(closed)
+    assert set(threading.enumerate()) - before
+    unload(ready)
+    assert not set(threading.enumerate()) - before and len(closed) == 2
+    assert db.run(first).state == "queued", "what trains goes on"
+    assert "docs" in db.store.collections(), "the person's database stays open"
+    said, result = run(ready, "%llm_runs")
+    assert not result.success and "not found" in said
+
+
+class Quiet:
+    """A view that shows nothing."""
+
+    def show(self, *_):
+        pass
+
+    def close(self):
+        pass
+
+
+class Closing:
+    """Something that notes that it was closed."""
+
+    def __init__(self, closed):
+        self.close = lambda: closed.append(self)
 
 
 def test_a_magic_that_was_there_before_comes_back(shell):
@@ -239,6 +273,57 @@ def test_completion_of_options_choices_and_names(ready, db):
     assert first in complete(ready, "%llm_resume ") and complete(ready, "%llm_resume --max") == ["--max_steps"]
     assert complete(ready, "%%llm_chat --comp") == ["--compare"]
     assert complete(ready, "%llm_train --compl") == []
+
+
+def test_completion_of_every_name_in_the_database(ready, db):
+    from llmnb.config import ModelSpec
+
+    first = a_run(db)
+    db.store.models.ready("tickets", db.store.models.add(ModelSpec("tickets", "org/base")))
+    db.store.models.add(ModelSpec("unborn", "org/other"))
+    for magic in ("llm_watch", "llm_stop", "llm_resume"):
+        assert first in complete(ready, f"run = %{magic} ")
+    assert complete(ready, f"%llm_resume {first[:6]}") == [first]
+    assert complete(ready, "%llm_resume --max_steps 9 " + first[:3]) == [first], "the number is no run"
+    assert first not in complete(ready, f"%llm_watch {first} ")
+    assert complete(ready, "run = %llm_train --model o") == ["org/base"]
+    assert complete(ready, "%llm_train --model_name_or_path ") == ["org/base"]
+    assert complete(ready, "%llm_train --identifier ") == ["tickets", "unborn"]
+    assert complete(ready, "%llm_train --collection docs --key ") == ["n", "text"]
+    assert complete(ready, "%llm_runs --state s") == ["starting", "stopped", "stopping"]
+    assert complete(ready, "%llm_checkpoints ") == ["--help"]
+
+
+def test_completion_of_checkpoints(ready, db, tmp_path):
+    first = a_run(db)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for step in (10, 20):
+        db.store.checkpoints.put(first, step, tmp_path, base="b", kind="adapter")
+    names = {first, f"{first}/10", f"{first}/20"}
+    assert set(complete(ready, "%%llm_chat --checkpoint ")) == names
+    assert set(complete(ready, "%llm_train --model m --adapter_id ")) == names
+    assert "base" in complete(ready, "%%llm_chat --compare ")
+    assert complete(ready, f"t = %llm_checkpoints {first[:8]}") == [first]
+
+
+def test_completion_of_variables(ready):
+    run(
+        ready,
+        "from llmnb import LLM, Collection\nllm = LLM('mine', '/m')\nrows = Collection('docs').find()\n"
+        "zero = {'zero_optimization': {'stage': 2}}\ndef shout(text): return text",
+    )
+    assert complete(ready, "%llm_train --llm ") == ["llm"]
+    assert complete(ready, "%llm_train --model m --select ") == ["rows"]
+    assert complete(ready, "%llm_train --deepspeed ") == ["zero"]
+    assert complete(ready, "%llm_resume --transform ") == ["shout"]
+    assert complete(ready, "db = %llm_connect ") == ["db", "x"]
+
+
+def test_completion_in_a_cell_of_several_lines(ready, db):
+    first = a_run(db)
+    code = "x = 1\nrun = %llm_watch "
+    found = [c.text for c in ready.Completer.completions(code, len(code))]
+    assert first in found
 
 
 def test_completion_opens_no_database(shell, tmp_path):

@@ -17,10 +17,10 @@ from ..form import MODEL_ONLY, typed, types_of
 from ..options import named
 from .faults import mark
 
-__all__ = ["bordered", "expanded", "named", "settings", "split", "types_of"]
+__all__ = ["OBJECTS", "bordered", "expanded", "named", "settings", "split", "types_of"]
 
 # A name that stands for a Python object of the notebook. Plain words ("text", "steps") are never looked up.
-_OBJECTS = frozenset(
+OBJECTS = frozenset(
     {
         "select",
         "transform",
@@ -161,4 +161,4 @@ def settings(given: Mapping[str, str | None], names: Mapping[str, Any]) -> tuple
 
 
 def _value(name: str, text: str, names: Mapping[str, Any]) -> Any:
-    return names[text] if name in _OBJECTS and text.isidentifier() and text in names else typed(name, text)
+    return names[text] if name in OBJECTS and text.isidentifier() and text in names else typed(name, text)

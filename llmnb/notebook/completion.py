@@ -6,14 +6,17 @@ It looks into the database only when one is connected already, and it never rais
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..errors import LlmnbError
+from ..errors import LlmnbError, NotFound
 
 __all__ = ["Matcher"]
 
 _OURS = re.compile(r"^\s*(?:[A-Za-z_][\w, ]*=\s*)?%{1,2}(llm_\w+)\s+(.*)$", re.DOTALL)
+_STATES = ("queued", "starting", "running", "stopping", "done", "failed", "stopped", "lost")
+# Option → the class of what it takes; all others take a dict.
+_TYPES = {"llm": "LLM", "select": "Query", "uri": "Datalayer"}
 _ENOUGH = 200  # completions; more than that nobody reads
 
 
@@ -61,16 +64,20 @@ class Matcher:
         }
 
     def _words(self, magic: str, before: list[str], fragment: str) -> Iterable[str]:
+        function = getattr(self._magics, magic, None)
+        actions = function.parser._actions if function is not None else []
         if fragment.startswith("--"):
             return self._options(magic)
-        last = before[-1] if before else ""
-        if last.startswith("--"):
-            values = self._values(magic, last[2:].replace("-", "_"))
+        option = _open_option(before, actions)
+        if option is not None:
+            values = self._values(magic, option, before, actions)
             if values is not None:
                 return values
-        if not before:
-            return self._positional(magic) or (self._options(magic) if not fragment else ())
-        return self._options(magic) if not fragment else ()
+        options = self._options(magic) if not fragment else []
+        if _positionals(before, actions):
+            return options
+        found = self._positional(magic)
+        return [*found, *options] if before or not found else found
 
     def _options(self, magic: str) -> list[str]:
         from .arguments import known_settings, option_names
@@ -81,16 +88,24 @@ class Matcher:
             names = [*names, *(f"--{name}" for name in known_settings())]
         return sorted({*names, "--help"} - {"-h"})
 
-    def _values(self, magic: str, option: str) -> list[str] | None:
+    def _values(self, magic: str, option: str, before: list[str], actions: Sequence[Any]) -> list[str] | None:
+        """What can stand after ``--option``; None when that is anything, or the option takes nothing."""
         from .. import options
-        from .arguments import types_of
+        from .arguments import OBJECTS, types_of
 
-        if option == "collection":
-            return self._positional("llm_data")
-        if option == "checkpoint":
-            return self._positional("llm_checkpoints", steps=True)
-        if option == "compare":
-            return ["base"]
+        if option in OBJECTS or option == "llm":
+            return self._variables(option)
+        if option in ("checkpoint", "compare", "adapter_id"):
+            return [*(["base"] if option == "compare" else []), *self._checkpoints(steps=True)]
+        named = {"collection": self._collections, "model": self._bases, "model_name_or_path": self._bases}
+        named.update(identifier=self._models, key=lambda: self._columns(before))
+        if option in named:
+            return named[option]()
+        if option == "state":
+            return list(_STATES)
+        for action in actions:
+            if f"--{option}" in action.option_strings and action.choices:
+                return [str(choice) for choice in action.choices]
         if magic not in ("llm_train", "llm_resume"):
             return None
         known = options.training_arguments().get(option)
@@ -100,17 +115,87 @@ class Matcher:
             return ["true", "false"]
         return None
 
-    def _positional(self, magic: str, steps: bool = False) -> list[str]:
-        if not self._session.connected:
-            return []
-        store = self._session.database().store
+    def _positional(self, magic: str) -> list[str]:
         if magic in ("llm_watch", "llm_stop", "llm_resume"):
-            return [record["_id"] for record in store.runs.list(limit=50)]
+            store = self._store()
+            return [record["_id"] for record in store.runs.list(limit=50)] if store else []
         if magic == "llm_data":
-            return sorted(store.collections())
+            return self._collections()
         if magic == "llm_checkpoints":
-            names = store.checkpoints.experiments()[::-1]
-            if steps:
-                return [*names, *(f"{name}/{c.step}" for name in names[:10] for c in store.checkpoints.list(name))]
-            return names
-        return []
+            return self._checkpoints()
+        return self._variables("uri") if magic == "llm_connect" else []
+
+    # -- names in the database, none before it is connected -----------------------------------------------------
+
+    def _store(self) -> Any:
+        return self._session.database().store if self._session.connected else None
+
+    def _collections(self) -> list[str]:
+        store = self._store()
+        return sorted(store.collections()) if store else []
+
+    def _models(self) -> list[str]:
+        store = self._store()
+        return list(store.models.identifiers()) if store else []
+
+    def _bases(self) -> list[str]:
+        """The bases that models of this database stand on."""
+        store, found = self._store(), set()
+        for name in self._models()[:50]:
+            try:
+                found.add(str(store.models.get(name)["spec"]["model_name_or_path"]))
+            except NotFound:  # it has no version that can be loaded yet
+                continue
+        return sorted(found)
+
+    def _checkpoints(self, steps: bool = False) -> list[str]:
+        store = self._store()
+        if not store:
+            return []
+        names = store.checkpoints.experiments()[::-1]
+        if steps:
+            return [*names, *(f"{name}/{c.step}" for name in names[:10] for c in store.checkpoints.list(name))]
+        return list(names)
+
+    def _columns(self, before: list[str]) -> list[str]:
+        """The columns of the collection that is named on the line."""
+        store = self._store()
+        if not store or "--collection" not in before[:-1]:
+            return []
+        from ..query import Collection
+
+        rows = store.rows(Collection(before[before.index("--collection") + 1]).find(), limit=20)
+        return sorted({name for row in rows for name in row if not name.startswith("_")})
+
+    # -- names in the notebook ----------------------------------------------------------------------------------
+
+    def _variables(self, option: str) -> list[str]:
+        """Variables that hold what the option takes: told by their types' names, so that nothing is imported."""
+        names = self._session.shell.user_ns
+        hidden = getattr(self._session.shell, "user_ns_hidden", {})
+        mine = [(n, v) for n, v in names.items() if not n.startswith("_") and n not in hidden]
+        wanted = _TYPES.get(option, "dict")
+        if option == "transform":
+            return sorted(n for n, v in mine if type(v).__name__ == "function")
+        return sorted(n for n, v in mine if wanted in {cls.__name__ for cls in type(v).__mro__})
+
+
+def _open_option(before: list[str], actions: Sequence[Any]) -> str | None:
+    """The option whose value is being typed: the last word, or a few words back when it takes several."""
+    several = {name for action in actions if action.nargs in ("+", "*") for name in action.option_strings}
+    for word in reversed(before):
+        if word.startswith("--"):
+            return word[2:].replace("-", "_") if word is before[-1] or word in several else None
+    return None
+
+
+def _positionals(before: list[str], actions: Sequence[Any]) -> int:
+    """How many words belong to no option."""
+    bare = {name for action in actions if action.nargs == 0 for name in action.option_strings}
+    count, takes = 0, False
+    for word in before:
+        if word.startswith("--"):
+            takes = word not in bare and "=" not in word
+        else:
+            count, takes = count + (not takes), False
+    return count

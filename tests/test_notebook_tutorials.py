@@ -1,7 +1,11 @@
-"""The tutorials run from top to bottom, by nbclient and by nbval, with no network and a home of their own."""
+"""The tutorials run from top to bottom, by nbclient and by nbval, with no network and one home of their own.
+
+``tests/tutorials.py`` runs them and saves their outputs; what is saved is checked here, too.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -13,70 +17,62 @@ from pathlib import Path
 import pytest
 
 nbformat = pytest.importorskip("nbformat")
-nbclient = pytest.importorskip("nbclient")
+tutorials = pytest.importorskip("tutorials")
 
-ROOT = Path(__file__).resolve().parents[1]
-QUICKSTART = ROOT / "notebooks" / "01-quickstart.ipynb"
-PATIENCE = 600  # seconds for one cell, on a busy machine
+PATIENCE, ROOT, TUTORIALS, environment = tutorials.PATIENCE, tutorials.ROOT, tutorials.TUTORIALS, tutorials.environment
+NAMES = (
+    "01-quickstart",
+    "02-your-own-data",
+    "03-lora-and-qlora",
+    "04-deepspeed-and-many-workers",
+    "05-checkpoints-merging-chat",
+    "06-runs-that-survive",
+)
+LARGEST = 300_000  # bytes of a file
+
+
+def each(paths):
+    return [pytest.param(p, id=p.stem, marks=pytest.mark.deepspeed if p.stem.startswith("04") else ()) for p in paths]
+
+
+def runs_notebooks(test):
+    for name in ("notebook", "mongod", "ray", "bitsandbytes", "slow"):
+        test = getattr(pytest.mark, name)(test)
+    return pytest.mark.timeout(1500)(test)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder to run in, with an embedded database and a cluster that end with the tests."""
-    from llmnb.launch import runner
-    from llmnb.store import embedded
-
-    folder = tmp_path_factory.mktemp("tutorials")
-    home = folder / "home"
-    yield folder
-    runner.stop(home)
-    embedded.stop(home)
+    """A folder to run in; the base model, which all tutorials need, is made there first."""
+    with tutorials.place(tmp_path_factory.mktemp("tutorials")) as folder:
+        began = time.monotonic()
+        code = "from llmnb import demo; demo.base_model()"
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment(folder), capture_output=True)
+        print(f"base model in {time.monotonic() - began:.0f} s")
+        yield folder
 
 
-def environment(folder: Path) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("LLMNB", "JUPYTER", "IPYTHON"))}
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**env, "PYTHONPATH": path, "LLMNB_HOME": str(folder / "home"), "IPYTHONDIR": str(folder / "ipython")}
+# --- run ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.notebook
-@pytest.mark.mongod
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_the_quickstart_runs_and_shows_what_it_promises(place):
-    book = nbformat.read(QUICKSTART, 4)
-    client = nbclient.NotebookClient(book, timeout=PATIENCE, resources={"metadata": {"path": str(place)}})
+@runs_notebooks
+@pytest.mark.parametrize("path", each(TUTORIALS))
+def test_a_tutorial_runs_and_shows_what_it_promises(place, path):
     began = time.monotonic()
-    client.execute(env=environment(place))
-    print(f"01-quickstart ran in {time.monotonic() - began:.0f} s")
-    pages = {cell.source.split("\n")[0]: _html(cell) for cell in book.cells if cell.cell_type == "code"}
-    (curve,) = [page for source, page in pages.items() if source.startswith("run = ")]
-    assert 'data-status="done"' in curve and 'data-points="200"' in curve and "image/svg+xml" in curve
-    checkpoints = pages["%llm_checkpoints"]
-    assert "best" in checkpoints and ">200<" in checkpoints and ">100<" in checkpoints
-    chats = [page for source, page in pages.items() if source.startswith("%%llm_chat")]
-    for chat in chats:
-        assert chat.count("llmnb-answer") == 2 and "base" in chat and "failed" not in chat
-    plain = str(book)
-    assert not re.search(r"mongodb://[^\s:]+:[^*@\s]+@", plain), "no password is saved"
+    book = tutorials.execute(path, place)
+    print(f"{path.stem} ran in {time.monotonic() - began:.0f} s")
+    PROMISES[path.stem[:2]](Pages(book))
+    assert_fit_to_be_kept(tutorials.tidied(book, place))
 
 
-def _html(cell) -> str:
-    """The last HTML of a cell: what its display was updated to."""
-    return "".join(str(o.data.get("text/html", "")) for o in cell.outputs if "data" in o)
-
-
-@pytest.mark.notebook
-@pytest.mark.mongod
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_nbval_sees_no_failure_in_the_quickstart(place):
+@runs_notebooks
+@pytest.mark.parametrize("path", each(TUTORIALS))
+def test_nbval_sees_no_failure_in_a_tutorial(place, path):
     pytest.importorskip("nbval")
-    copy = place / QUICKSTART.name
-    shutil.copy(QUICKSTART, copy)
+    copy = place / path.name
+    shutil.copy(path, copy)
     command = [sys.executable, "-m", "pytest", "--nbval-lax", f"--nbval-cell-timeout={PATIENCE}", "-q", "--timeout=0"]
+    began = time.monotonic()
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(place), str(copy)],
         env=environment(place),
@@ -85,15 +81,137 @@ def test_nbval_sees_no_failure_in_the_quickstart(place):
         text=True,
         timeout=1400,
     )
+    print(f"{path.stem} by nbval in {time.monotonic() - began:.0f} s")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "passed" in done.stdout
 
 
-def test_tutorials_are_saved_without_outputs():
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        for cell in nbformat.read(path, 4).cells:
-            if cell.cell_type == "code":
-                assert not cell.outputs and cell.execution_count is None, f"{path.name}: clear the outputs"
+class Pages:
+    """What the code cells of a notebook show, found by how their source begins."""
+
+    def __init__(self, book):
+        self.cells = [cell for cell in book.cells if cell.cell_type == "code"]
+
+    def html(self, begin):
+        """The HTML of each cell whose source begins so: what its displays were updated to."""
+        found = [cell for cell in self.cells if cell.source.startswith(begin)]
+        assert found, begin
+        return ["".join(str(o.data.get("text/html", "")) for o in cell.outputs if "data" in o) for cell in found]
+
+    def text(self, begin):
+        """The plain text of the last cell whose source begins so."""
+        (*_, cell) = [cell for cell in self.cells if cell.source.startswith(begin)]
+        return "".join(o.get("text") or o.get("data", {}).get("text/plain", "") for o in cell.outputs)
+
+    def curves(self, begin, state, points):
+        """Each curve that such a cell kept has ended so, with its picture."""
+        for page in self.html(begin):
+            assert f'data-status="{state}"' in page and f'data-points="{points}"' in page, page[:400]
+            assert "image/svg+xml" in page
+
+    def chats(self):
+        """How many models answered in each chat cell; none failed."""
+        pages = self.html("%%llm_chat")
+        assert not any("failed" in page for page in pages)
+        return [page.count("llmnb-answer") for page in pages]
+
+
+def quickstart(pages):
+    pages.curves("run = ", "done", 200)
+    (checkpoints,) = pages.html("%llm_checkpoints")
+    assert "best" in checkpoints and ">200<" in checkpoints and ">100<" in checkpoints
+    assert pages.chats() == [2, 2]
+    assert "[100, 200]" in pages.text("db.show")
+
+
+def own_data(pages):
+    pages.curves("run = ", "done", 40)
+    pages.curves("few = ", "done", 40)
+    assert "92 train, 8 valid" in pages.text("%llm_data notes")
+    assert "'rows': 76" in pages.text("counts = ") and "'cut': 0" in pages.text("counts = ")
+    assert pages.chats() == [1, 1]
+    assert "transform=as_text" in pages.text("%llm_train")
+
+
+def lora(pages):
+    pages.curves("%llm_watch", "done", 40)
+    (rows,) = ["".join(o.data["text/markdown"] for o in c.outputs) for c in pages.cells if "lines = [" in c.source]
+    cells = {line.split("|")[1].strip(): [x.strip() for x in line.split("|")[2:-1]] for line in rows.splitlines()[2:]}
+    assert cells["lora8"][0] == "8" and cells["lora4"][0] == "4"
+    weights = {name: int(row[1].replace(",", "")) for name, row in cells.items()}
+    assert weights["lora"] == weights["lora8"] == weights["lora4"] < weights["full"] / 5
+    assert all(float(row[2]) < 4.0 for row in cells.values()), "it learned something"
+    assert pages.chats() == [2]
+
+
+def workers(pages):
+    pages.curves("run = ", "done", 10)
+    assert "(2, 16)" in pages.text("counts = ")
+    assert "4-bit weights cannot be" in pages.text("from llmnb.errors")
+    assert pages.chats() == [1]
+
+
+def checkpoints(pages):
+    pages.curves("run = ", "done", 90)
+    (listed,) = pages.html("%llm_checkpoints")
+    assert all(f">{step}<" in listed for step in (30, 60, 90)) and "best" in listed
+    assert pages.chats() == [2, 1, 1]
+    assert pages.text("report.max") == "(True, True)" and "perplexity" in pages.text("import shutil")
+    assert pages.text("from llmnb import LLM\n") == pages.text("llm = db.load"), "merged says what the adapter says"
+    assert "[60, 90]" in pages.text("db.show")
+
+
+def survival(pages):
+    assert "running and past step 60: True" in pages.text("code = ")
+    assert pages.text("run.wait()\nstopped_at") == "('stopped', True)"
+    assert pages.text("steps = ") == "True" and pages.text("run.error") == "True"
+    assert pages.text("run.resume") == "('done', True)"
+    page = pages.html("%llm_watch")[-1]
+    assert 'data-status="done"' in page and "image/svg+xml" in page
+
+
+PROMISES = dict(zip(("01", "02", "03", "04", "05", "06"), (quickstart, own_data, lora, workers, checkpoints, survival)))
+
+
+# --- what is committed --------------------------------------------------------------------------------------
+
+
+def test_every_tutorial_is_there_and_names_the_next():
+    assert tuple(path.stem for path in TUTORIALS) == NAMES
+    for path, following in itertools.pairwise(TUTORIALS):
+        assert f"]({following.name})" in nbformat.read(path, 4).cells[-1].source, path.name
+
+
+@pytest.mark.parametrize("path", each(TUTORIALS))
+def test_a_tutorial_is_saved_with_its_outputs(path):
+    assert path.stat().st_size < LARGEST
+    book = nbformat.read(path, 4)
+    assert_fit_to_be_kept(book)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run tests/tutorials.py"
+    outputs = [output for cell in code for output in cell.outputs]
+    assert any("image/svg+xml" in output.get("data", {}) for output in outputs), "its curve is there without a kernel"
+    promised = Pages(book)
+    PROMISES[path.stem[:2]](promised)
+
+
+def assert_fit_to_be_kept(book):
+    """No failure, no widget, no secret, and nothing of the machine it ran on."""
+    assert "widgets" not in book.metadata
+    for cell in book.cells:
+        for output in cell.get("outputs", ()):
+            said = f"{output.output_type} of {cell.source[:60]!r}"
+            assert output.output_type != "error" and output.get("name") != "stderr", f"{said}: {output}"
+            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), said
+            text = str(output)
+            assert not re.search(r"mongodb(\+srv)?://[\w.]", text), f"{said}: an address"
+            assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users|var|usr|opt)/", text), f"{said}: a path"
+            assert not re.search(r"\b(pid|process) \d+", text), f"{said}: a process id"
+            assert not re.search(r"(?i)(token|password|secret)s?[=:]", text), f"{said}: a secret"
+            assert str(Path.home()) == "/" or str(Path.home()) + os.sep not in text, said
+
+
+# --- binder -------------------------------------------------------------------------------------------------
 
 
 def test_binder_is_one_folder_with_a_pinned_python():

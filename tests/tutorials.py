@@ -1,0 +1,133 @@
+"""The tutorials, run and saved: ``python tests/tutorials.py [01 04 …]`` runs them and writes their outputs into them.
+
+One home serves all of them, so that the demo's base model and the runner are made once. What is saved is tidied: no
+widget that lives in a kernel only, no path of this machine, no time that each cell took.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import nbclient
+import nbformat
+
+ROOT = Path(__file__).resolve().parents[1]
+TUTORIALS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PATIENCE = 600  # seconds for one cell, on a busy machine
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+_NOT_KEPT = ("widgets", "execution", "signature")
+
+
+@contextlib.contextmanager
+def place(folder: Path) -> Iterator[Path]:
+    """A folder to run in, with an embedded database, a runner and a cluster that end with it."""
+    from llmnb.launch import runner
+    from llmnb.store import embedded
+
+    try:
+        yield folder
+    finally:
+        runner.stop(folder / "home")
+        embedded.stop(folder / "home")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a kernel: our own tree, and nothing of the person's settings."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("LLMNB", "JUPYTER", "IPYTHON"))}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**env, "PYTHONPATH": path, "LLMNB_HOME": str(folder / "home"), "IPYTHONDIR": str(folder / "ipython")}
+
+
+def execute(path: Path, folder: Path) -> Any:
+    """The notebook after a run from top to bottom by nbclient; its first failing cell raises."""
+    book = nbformat.read(path, 4)
+    for cell in book.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    client = nbclient.NotebookClient(
+        book,
+        timeout=PATIENCE,
+        record_timing=False,
+        store_widget_state=False,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    client.execute(env=environment(folder))
+    return book
+
+
+def tidied(book: Any, folder: Path) -> Any:
+    """The notebook as it is committed."""
+    for name in _NOT_KEPT:
+        book.metadata.pop(name, None)
+    book.metadata["language_info"] = {"name": "python"}
+    for cell in book.cells:
+        if cell.cell_type != "code":
+            continue
+        kept: list[Any] = []
+        for output in cell.outputs:
+            output = _without_widget(output)
+            if output is None:
+                continue
+            joins = kept and output.output_type == "stream" == kept[-1].output_type and output.name == kept[-1].name
+            if joins:
+                kept[-1].text += output.text
+            else:
+                kept.append(output)
+        cell.outputs = [_scrubbed(output, folder) for output in kept]
+    return book
+
+
+def _without_widget(output: Any) -> Any:
+    """None for what says nothing without a kernel."""
+    data = output.get("data")
+    if data is None:
+        return output
+    data.pop(_WIDGET, None)
+    output.metadata = {}
+    said = [value for name, value in data.items() if value]
+    alone = set(data) == {"text/plain"} and re.match(r"(RunView|LiveChart|Panel|VBox)\(", data["text/plain"])
+    return None if alone or not said else output
+
+
+def _scrubbed(output: Any, folder: Path) -> Any:
+    if "text" in output:
+        output.text = _plain(output.text, folder)
+    for name, value in (output.get("data") or {}).items():
+        if isinstance(value, str):
+            output.data[name] = _plain(value, folder)
+    return output
+
+
+def _plain(text: str, folder: Path) -> str:
+    for path, short in ((folder / "home", ".llmnb"), (folder, "."), (ROOT, "llmnb"), (Path.home(), "~")):
+        text = text.replace(str(path), short)
+    return text.replace(socket.gethostname(), "this-machine")
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs the tutorials whose names begin with one of ``words`` (all, without any), and saves them."""
+    chosen = [path for path in TUTORIALS if not words or path.name.startswith(tuple(words))]
+    kept = os.environ.get("LLMNB_TUTORIALS_FOLDER")  # keeps database and base model from one time to the next
+    with contextlib.ExitStack() as stack:
+        folder = Path(kept) if kept else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(place(folder))
+        for path in chosen:
+            began = time.monotonic()
+            book = tidied(execute(path, folder), folder)
+            nbformat.write(book, path)
+            print(f"{path.name}  {time.monotonic() - began:.0f} s  {path.stat().st_size / 1000:.0f} kB", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main(sys.argv[1:]))

@@ -417,7 +417,7 @@ def test_merge_export_and_remove(trained, tmp_path, capsys):
     step = db.show("checkpoint", run)[-1]
     assert main(["merge", "latest", str(tmp_path / "merged"), *where]) == 0
     said = capsys.readouterr().out
-    assert "same top token" in said and "perplexity of the merged model" in said
+    assert "same top token" in said and "perplexity" in said
     assert main(["merge", f"{run}/{step}", str(tmp_path / "merged"), *where]) == 1
     assert "is not empty" in capsys.readouterr().err
     assert main(["export", f"latest/{step}", str(tmp_path / "adapter"), *where]) == 0

@@ -437,6 +437,32 @@ def test_no_checkpoints_is_said(ready):
     assert isinstance(result.error_in_exec, NotFound)
 
 
+def test_checkpoints_are_returned_exported_and_removed(ready, db, tmp_path, monkeypatch):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "adapter_model.safetensors").write_bytes(b"x")
+    for step in (100, 200):
+        db.store.checkpoints.put("run-1", step, tmp_path / "w", base="gpt2", metrics={"eval_loss": 2.0})
+    said, result = run(ready, "%llm_checkpoints run-1")
+    assert [c.step for c in result.result] == [200, 100] and said.count("2.000") == 2, "one table in a terminal"
+    said, result = run(ready, f"%llm_checkpoints run-1/100 --export {tmp_path}/out")
+    assert result.result == tmp_path / "out" and (tmp_path / "out" / "adapter_model.safetensors").exists()
+    asked = []
+    monkeypatch.setattr(db, "merge", lambda name, folder: asked.append((name, folder)) or "proof")
+    said, result = run(ready, "%llm_checkpoints run-1 --merge out/m")
+    assert result.result == "proof" and asked == [("run-1", "out/m")]
+    said, result = run(ready, "%llm_checkpoints run-1/100 --remove")
+    assert "Removed run-1/100." in said and db.show("checkpoint", "run-1") == [200]
+    for line, words in (
+        ("run-1 --remove", "needs a checkpoint"),
+        ("--merge x", "needs a checkpoint"),
+        ("run-1/200 --merge x --export y", "one at a time"),
+        ("run-1/100 --export y", "There is no checkpoint"),
+        ("run-2", "did you mean 'run-1'"),
+    ):
+        said, result = run(ready, f"%llm_checkpoints {line}")
+        assert words in said and not result.success
+
+
 # --- training -----------------------------------------------------------------------------------------------
 
 

@@ -111,16 +111,24 @@ class MergeReport:
     def lines(self) -> list[tuple[str, str]]:
         """The proof as (what, figure), ready to be shown as text."""
         found = [
-            ("largest logit difference", f"{self.max_logit_gap:.3g} (rounding explains {self.bound:.3g})"),
+            ("largest logit difference", f"{self.max_logit_gap:.3g} (up to {self.bound:.3g} is rounding)"),
             ("mean logit difference", f"{self.mean_logit_gap:.3g}"),
             ("KL divergence", f"{self.kl:.3g} nats"),
             ("same top token", _percent(self.top_token_agreement)),
-            ("perplexity of the base", _figure(self.perplexity_base)),
-            ("perplexity of the adapter", _figure(self.perplexity_adapter)),
-            ("perplexity of the merged model", _figure(self.perplexity_merged)),
+            ("perplexity", self._perplexities()),
             ("measured on", f"{self.rows_from}: {self.tokens} tokens, in {self.dtype}"),
         ]
         return found + (self._quantised_lines() if self.quantised else [])
+
+    def _perplexities(self) -> str:
+        if self.perplexity_merged is None:
+            return "not measured: no trained token"
+        found = (
+            ("base", self.perplexity_base),
+            ("adapter", self.perplexity_adapter),
+            ("merged", self.perplexity_merged),
+        )
+        return ", ".join(f"{name} {_figure(value)}" for name, value in found)
 
     def _quantised_lines(self) -> list[tuple[str, str]]:
         found = self.quantised or {}
@@ -188,6 +196,4 @@ def _percent(share: float) -> str:
 
 
 def _figure(value: float | None) -> str:
-    if value is None:
-        return "no trained token"
-    return f"{value:.4g}"
+    return "not measured" if value is None else f"{value:.4g}"

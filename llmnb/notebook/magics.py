@@ -261,40 +261,54 @@ class LlmMagics(Magics):
         return run
 
     @magic_arguments()
-    @argument("experiment", nargs="?", help="a run's id; nothing: all that have checkpoints")
+    @argument("experiment", nargs="?", help="a run's id, or EXPERIMENT/STEP; nothing: all that have checkpoints")
+    @argument("--merge", metavar="FOLDER", help="merge it into its base, with the proof that it says the same")
+    @argument("--export", metavar="FOLDER", help="write its files as a folder, verified")
+    @argument("--remove", action="store_true", help="remove EXPERIMENT/STEP")
     @_HELP
     @line_magic
     @bordered
-    def llm_checkpoints(self, known: Any, _rest: list[str], _cell: str | None) -> Table:
-        """Lists checkpoints, newest experiment first."""
-        from . import words
+    def llm_checkpoints(self, known: Any, _rest: list[str], _cell: str | None) -> Any:
+        """Lists checkpoints, newest first, to chat with, compare, merge, export or remove. Returns them.
+
+        --merge returns the proof of the merge, --export the folder.
+        """
+        from . import picker_data
 
         database = self.session.database()
-        experiments = database.show("checkpoint")[::-1]
-        if known.experiment and known.experiment not in experiments:
-            raise NotFound("experiment", known.experiment, experiments[::-1])
-        rows = []
-        for experiment in [known.experiment] if known.experiment else experiments:
-            for saved in reversed(database.checkpoints(experiment)):
-                loss = saved.metrics.get("eval_loss")
-                rows.append(
-                    (
-                        experiment,
-                        saved.step,
-                        "" if loss is None else words.figure(loss),
-                        words.size(saved.size),
-                        "best" if saved.best else "",
-                        saved.kind,
-                        saved.base.rstrip("/").rpartition("/")[2] if saved.base.startswith("/") else saved.base,
-                        local_time(saved.created),
-                    )
-                )
-        return Table(
-            ("experiment", "step", "eval loss", "size", "", "kind", "base", "saved"),
-            rows,
-            empty="There are no checkpoints yet.",
-            note="%%llm_chat --checkpoint EXPERIMENT/STEP asks one" if rows else "",
+        if known.merge or known.export or known.remove:
+            return self._with_checkpoint(database, known)
+        experiment = known.experiment.partition("/")[0] if known.experiment else None
+        listed = picker_data.found(database, experiment)
+        if self.session.in_notebook:
+            self.session.pick(experiment)
+        return picker_data.Listed(listed, seen=self.session.in_notebook)
+
+    def _with_checkpoint(self, database: Any, known: Any) -> Any:
+        asked = [f"--{name}" for name in ("merge", "export", "remove") if getattr(known, name)]
+        if len(asked) > 1:
+            raise ConfigError([Fault(" and ".join(asked), "are two things", "one at a time")])
+        if not known.experiment or (known.remove and "/" not in known.experiment):
+            raise ConfigError([Fault(asked[0], "needs a checkpoint", f"EXPERIMENT/STEP {asked[0]} …")])
+        if known.merge:
+            return self._merge(database, known.experiment, known.merge)
+        checkpoint = database.named(known.experiment)
+        if known.export:
+            return database.export(checkpoint, known.export)
+        database.remove("checkpoint", checkpoint.experiment, checkpoint.step)
+        print(f"Removed {checkpoint}.")
+        return None
+
+    def _merge(self, database: Any, name: str, folder: str) -> Any:
+        """In a notebook what is being done is said in one line that changes."""
+        if not self.session.in_notebook:
+            return database.merge(name, folder)
+        line = display({"text/plain": "Merging …"}, raw=True, display_id=True)
+        report = database.merge(
+            name, folder, say=lambda words: line.update({"text/plain": f"Merging: {words} …"}, raw=True)
         )
+        line.update({"text/plain": f"Merged {name}."}, raw=True)
+        return report
 
     # -- chat ------------------------------------------------------------------------------------------------
 

@@ -92,6 +92,12 @@ class Session:
 
         Panel(self, self.database()).display()
 
+    def pick(self, experiment: str | None = None) -> None:
+        """Shows the checkpoint picker in the cell that runs."""
+        from .picker import Picker
+
+        Picker(self, self.database(), experiment).display()
+
     def previews(self) -> Any:
         """The process that makes rows for the training panel to show."""
         if self._previews is None:

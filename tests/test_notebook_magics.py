@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import time
 import threading
 import warnings
 
@@ -291,7 +292,7 @@ def test_completion_of_every_name_in_the_database(ready, db):
     assert complete(ready, "%llm_train --identifier ") == ["tickets", "unborn"]
     assert complete(ready, "%llm_train --collection docs --key ") == ["n", "text"]
     assert complete(ready, "%llm_runs --state s") == ["starting", "stopped", "stopping"]
-    assert complete(ready, "%llm_checkpoints ") == ["--help"]
+    assert complete(ready, "%llm_checkpoints ") == ["--export", "--help", "--merge", "--remove"]
 
 
 def test_completion_of_checkpoints(ready, db, tmp_path):
@@ -304,6 +305,7 @@ def test_completion_of_checkpoints(ready, db, tmp_path):
     assert set(complete(ready, "%llm_train --model m --adapter_id ")) == names
     assert "base" in complete(ready, "%%llm_chat --compare ")
     assert complete(ready, f"t = %llm_checkpoints {first[:8]}") == [first]
+    assert set(complete(ready, f"%llm_checkpoints {first}/")) == names - {first}, "steps, once one is begun"
 
 
 def test_completion_of_variables(ready):
@@ -368,7 +370,9 @@ def test_text_of_documents_is_escaped(ready, db):
 
 
 def test_runs_are_listed_newest_first(ready, db):
-    first, second = a_run(db), a_run(db, "failed", identifier="mail")
+    first = a_run(db)
+    time.sleep(0.005)  # ids sort by the millisecond
+    second = a_run(db, "failed", identifier="mail")
     db.store.runs.update(second, error={"type": "DataError", "what": "The selection is empty.", "traceback": "…"})
     run(ready, "t = %llm_runs")
     rows = list(ready.user_ns["t"])

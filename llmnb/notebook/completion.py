@@ -76,7 +76,7 @@ class Matcher:
         options = self._options(magic) if not fragment else []
         if _positionals(before, actions):
             return options
-        found = self._positional(magic)
+        found = self._positional(magic, fragment)
         return [*found, *options] if before or not found else found
 
     def _options(self, magic: str) -> list[str]:
@@ -115,14 +115,14 @@ class Matcher:
             return ["true", "false"]
         return None
 
-    def _positional(self, magic: str) -> list[str]:
+    def _positional(self, magic: str, fragment: str) -> list[str]:
         if magic in ("llm_watch", "llm_stop", "llm_resume"):
             store = self._store()
             return [record["_id"] for record in store.runs.list(limit=50)] if store else []
         if magic == "llm_data":
             return self._collections()
         if magic == "llm_checkpoints":
-            return self._checkpoints()
+            return self._checkpoints(steps="/" in fragment)
         return self._variables("uri") if magic == "llm_connect" else []
 
     # -- names in the database, none before it is connected -----------------------------------------------------

@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-import time
 import threading
+import time
 import warnings
 
 import pytest

@@ -14,7 +14,7 @@ from llmnb.cli import doctor, main, paper, parsing, settings
 from llmnb.errors import ConfigError
 from llmnb.events import Metric, Note
 
-COMMANDS = ["quickstart", "train", "runs", "watch", "stop", "resume", "chat"]
+COMMANDS = ["quickstart", "train", "runs", "watch", "stop", "resume", "reproduce", "chat"]
 COMMANDS += ["data", "checkpoints", "merge", "export", "show", "db", "ray", "lab", "doctor"]
 HEAVY = ("torch", "transformers", "ray", "pymongo", "plotly", "IPython", "rich", "numpy", "deepspeed")
 
@@ -465,6 +465,13 @@ def test_runs_watch_show(trained, capsys):
     assert main(["resume", "--max_steps", "6", "--save_steps", "6", *where]) == 0
     said = capsys.readouterr().out
     assert f"{run}, done" in said and "in 6 steps" in said and db.show("run") == [run]
+    assert main(["reproduce", *where]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    again = db.show("run")[-1]
+    assert f"reproduces {run}: the same rows, base and package versions" in said
+    assert "the same loss at each of" in said and "to the last bit" in said
+    for kind, name in (("model", "sums-again"), ("checkpoint", again), ("run", again)):
+        db.remove(kind, name)
     assert main(["watch", run[:-1] + "x", *where]) == 1
     assert run in capsys.readouterr().err, "the near name is offered"
 

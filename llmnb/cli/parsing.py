@@ -129,6 +129,16 @@ def _runs(commands: Any) -> None:
         _where(made)
     made = _add(
         commands,
+        "reproduce",
+        "running",
+        "run a run again, and compare the losses",
+        "Same query, settings, seed and base, as a run and a model of its own. What changed since is said first.",
+    )
+    made.add_argument("run", nargs="?", default="latest", metavar="RUN", help=_RUN)
+    made.add_argument("--identifier", metavar="NAME", help="the new model's name (the run's with -again)")
+    _where(made)
+    made = _add(
+        commands,
         "resume",
         "running",
         "go on with a run that has ended, from its newest checkpoint",

@@ -1,4 +1,4 @@
-"""``llmnb runs``, ``llmnb watch RUN``, ``llmnb stop RUN``, ``llmnb resume RUN``."""
+"""``llmnb runs``, ``llmnb watch RUN``, ``llmnb stop RUN``, ``llmnb resume RUN``, ``llmnb reproduce RUN``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import argparse
 import sys
 from typing import Any
 
+from ..events import Note
 from ..options import CHANGEABLE
 from . import paper
 from .settings import named, settings
 
-__all__ = ["resume", "runs", "stop", "watch"]
+__all__ = ["reproduce", "resume", "runs", "stop", "watch"]
 
 
 def _database(known: argparse.Namespace) -> Any:
@@ -112,6 +113,22 @@ def resume(known: argparse.Namespace) -> int:
     with paper.Follower(run.record["model"]) as follower:
         run.resume(wait=True, progress=False, on_event=follower, **changes)
     _tell(run, follower)
+    return 0
+
+
+def reproduce(known: argparse.Namespace) -> int:
+    """Runs a run again, follows it, and compares the losses."""
+    from .quiet import hush
+
+    hush()
+    first = _database(known).run(known.run)
+    with paper.Follower(known.identifier or f"{first.record['model']}-again") as follower:
+        again = first.reproduce(identifier=known.identifier, wait=True, progress=False, on_event=follower)
+    for event in again.events():
+        if isinstance(event, Note) and "reproduces" in event.data:
+            paper.fact("", event.text)
+    _tell(again, follower)
+    paper.fact("Compared", f"{again.same_as(first)} as run {first.id}")
     return 0
 
 

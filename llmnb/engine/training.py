@@ -345,6 +345,8 @@ class TrainingRun:
             ranks=args.world_size,
             rows_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             device=str(args.device),
+            seed=args.seed,
+            versions=manifest.versions(),
         )
         if self.main:
             self.hooks.started(dict(self.counts))

@@ -294,6 +294,11 @@ class Reporter:
             self.say(StateChanged(state="running"))
         else:  # somebody pressed Stop meanwhile
             self._patiently(lambda: self.store.runs.update(self.job.run, counts=counts))
+        first = self._patiently(lambda: self.store.runs.get(self.job.run)).get("reproduces")
+        if first:
+            from .reproducing import changed_rows  # it starts runs, and so knows this module
+
+            self.say(changed_rows(first, counts))
         steps = counts.get("steps")
         rows = counts.get("rows")
         self.say(Note(text=f"{rows} rows, {steps} steps" if rows is not None else f"{steps} steps", data=counts))

@@ -25,18 +25,19 @@ from .worker import own_folder
 if TYPE_CHECKING:
     from ..store import Store
 
-__all__ = ["Given", "resume"]
+__all__ = ["Given", "objects_of", "resume", "settled", "spec_of"]
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a person gives beside the settings; see ``Run.resume``."""
+    """What a person gives beside the settings; see ``Run.resume``. ``verb``: the method they called."""
 
     transform: Callable[..., Any] | None = None
     trainer_kwargs: Mapping[str, Any] | None = None
     ray_configs: Mapping[str, Any] | None = None
     ray_address: str | None = None
     changed_data: bool = False
+    verb: str = "resume"
 
 
 def resume(
@@ -59,10 +60,10 @@ def resume(
             todo="run.wait() waits for its end; run.stop() ends it with a checkpoint",
         )
     before = TrainConfig.from_json(record["config"])
-    config = _settled(_changed(before, changes), record)
+    config = settled(_changed(before, changes), record)
     _check_left(run, record, before, config)
-    objects = _objects(before, record, given)
-    spec = _spec(store, record)
+    objects = objects_of(before, record, given)
+    spec = spec_of(store, record)
     background = bool(record.get("background", record.get("job")))
     wait = not background if wait is None else wait
     layout = check(store, spec, config, objects, wait=wait, background=background)
@@ -136,7 +137,7 @@ def _refused(written: str, name: str) -> Fault:
     return Fault(written, "is not an option of resume", ("did you mean " + " or ".join(close) + "?") if close else "")
 
 
-def _settled(config: TrainConfig, record: Mapping[str, Any]) -> TrainConfig:
+def settled(config: TrainConfig, record: Mapping[str, Any]) -> TrainConfig:
     """As many workers as before, although this machine may have more GPUs than the one before."""
     ranks = (record.get("counts") or {}).get("ranks")
     if ranks is None or config.num_gpus is not None or "scaling_config" in str(config.ray_configs):
@@ -174,7 +175,7 @@ def _check_left(run: Run, record: Mapping[str, Any], before: TrainConfig, config
 # -- what travels beside them ---------------------------------------------------------------------------------
 
 
-def _objects(config: TrainConfig, record: Mapping[str, Any], given: Given) -> dict[str, Any]:
+def objects_of(config: TrainConfig, record: Mapping[str, Any], given: Given) -> dict[str, Any]:
     """Everything that has no JSON form.
 
     Raises:
@@ -184,7 +185,7 @@ def _objects(config: TrainConfig, record: Mapping[str, Any], given: Given) -> di
     wanted = {name for name in (config.training_kwargs or "").split(", ") if name}
     kwargs = dict(given.trainer_kwargs or {})
     for name in sorted(wanted - kwargs.keys()):
-        todo = f"run.resume(trainer_kwargs={{{name!r}: …}})"
+        todo = f"run.{given.verb}(trainer_kwargs={{{name!r}: …}})"
         faults.append(Fault(f"trainer_kwargs[{name!r}]", "was given when the run began, and is not stored", todo))
     for name in sorted(kwargs.keys() - wanted):
         faults.append(Fault(f"trainer_kwargs[{name!r}]", "was not given when the run began", "leave it out"))
@@ -211,7 +212,7 @@ def _transform_faults(config: TrainConfig, given: Given) -> list[Fault]:
             return []
         return [Fault("transform", "was not given when the run began", "leave it out, or start a new run")]
     if given.transform is None:
-        todo = f"run.resume(transform=…); its source was\n{config.transform}"
+        todo = f"run.{given.verb}(transform=…); its source was\n{config.transform}"
         return [Fault("transform", "was given when the run began; a function is never loaded from the database", todo)]
     if source_text(given.transform) == config.transform or given.changed_data:
         return []
@@ -219,7 +220,7 @@ def _transform_faults(config: TrainConfig, given: Given) -> list[Fault]:
     return [Fault("transform", "is not the one that the run began with", todo)]
 
 
-def _spec(store: Store, record: Mapping[str, Any]) -> ModelSpec:
+def spec_of(store: Store, record: Mapping[str, Any]) -> ModelSpec:
     try:
         return ModelSpec.from_json(store.models.get(record["model"], record["version"])["spec"])
     except NotFound as error:

@@ -26,6 +26,7 @@ from .remote import lost_because, why_it_ended, withdraw
 if TYPE_CHECKING:
     from ..series import Columns
     from ..store import Store
+    from .reproducing import Sameness
 
 __all__ = ["FINAL", "Run", "WorkerTraceback"]
 
@@ -302,6 +303,48 @@ class Run:
 
         given = Given(transform, trainer_kwargs, ray_configs, ray_address, changed_data)
         return resume(self._store, self.id, given, changes, wait=wait, progress=progress, on_event=on_event)
+
+    def reproduce(
+        self,
+        *,
+        identifier: str | None = None,
+        wait: bool | None = None,
+        progress: bool = True,
+        on_event: Callable[[Event], None] | None = None,
+        transform: Callable[..., Any] | None = None,
+        trainer_kwargs: Mapping[str, Any] | None = None,
+        ray_configs: Mapping[str, Any] | None = None,
+        ray_address: str | None = None,
+    ) -> Run:
+        """Runs it again from its beginning, as a run of its own: same query, settings, seed and base.
+
+        What changed since is said first, on the new run: package versions, rows, base. On one CPU worker of the same
+        machine the losses come out equal to the last bit; ``new.same_as(run)`` compares them.
+
+        Args:
+            identifier: the new model's name; None: this one's with ``-again``, so that what ``db.load`` gives stays.
+            wait, progress, on_event, transform, trainer_kwargs, ray_configs, ray_address: as for ``resume``.
+
+        Returns:
+            The new run.
+
+        Raises:
+            RunError: it never began to train, or the model that it fills was removed.
+            ConfigError: what must be given again is missing or another.
+        """
+        from .reproducing import reproduce  # it starts runs, and so knows this module
+        from .resuming import Given
+
+        given = Given(transform, trainer_kwargs, ray_configs, ray_address, verb="reproduce")
+        return reproduce(
+            self._store, self.id, given, identifier=identifier, wait=wait, progress=progress, on_event=on_event
+        )
+
+    def same_as(self, other: Run) -> Sameness:
+        """Compares this run's training losses with another's, step by step."""
+        from .reproducing import sameness
+
+        return sameness(self, other)
 
     def _ask(self, what: str) -> None:
         record = self.record

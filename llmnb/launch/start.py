@@ -42,6 +42,7 @@ def launch(
     background: bool = False,
     on_event: OnEvent | None = None,
     progress: bool = False,
+    reproduces: Mapping[str, Any] | None = None,
 ) -> Run:
     """Records a run and starts it.
 
@@ -55,6 +56,7 @@ def launch(
         background: by this machine's runner or on a cluster; else in this process.
         on_event: called with each event, when waited for.
         progress: shows a progress bar, when waited for.
+        reproduces: the run that this one repeats, and what it was made of; see ``reproducing``.
 
     Returns:
         The run.
@@ -74,6 +76,7 @@ def launch(
         background=background or not wait,
         cluster=objects.get("ray_address"),
         ray_configs=rayconfigs.described(objects.get("ray_configs") or {}),
+        **({"reproduces": dict(reproduces)} if reproduces else {}),
     )
     job = TrainJob(
         run=record["_id"],

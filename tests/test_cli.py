@@ -468,8 +468,8 @@ def test_runs_watch_show(trained, capsys):
     assert main(["reproduce", *where]) == 0
     said = " ".join(capsys.readouterr().out.split())
     again = db.show("run")[-1]
-    assert f"reproduces {run}: the same rows, base and package versions" in said
-    assert "the same loss at each of" in said and "to the last bit" in said
+    assert f"reproduces {run}. Changed since: the plan: that run was trained further" in said
+    assert "the same loss at" in said and f"as run {run}" in said
     for kind, name in (("model", "sums-again"), ("checkpoint", again), ("run", again)):
         db.remove(kind, name)
     assert main(["watch", run[:-1] + "x", *where]) == 1

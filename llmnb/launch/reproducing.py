@@ -101,11 +101,20 @@ def reproduce(
         progress=progress,
         reproduces={
             "run": first.id,
-            "changed": _changed_versions(counts.get("versions") or {}),
+            "changed": [*_changed_plan(record), *_changed_versions(counts.get("versions") or {})],
             "rows_digest": counts.get("rows_digest"),
             "rows": counts.get("rows"),
             "base_fingerprint": counts.get("base_fingerprint"),
         },
+    )
+
+
+def _changed_plan(record: Mapping[str, Any]) -> list[str]:
+    """A run that was trained further had the learning rates of a shorter plan before."""
+    return (
+        ["the plan: that run was trained further, this one has the longer plan at once"]
+        if record.get("extended")
+        else []
     )
 
 

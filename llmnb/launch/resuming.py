@@ -73,7 +73,13 @@ def resume(
     described = rayconfigs.described(objects["ray_configs"])
     config = replace(config, ray_configs=", ".join(sorted(objects["ray_configs"])) or None)
     opened = store.runs.reopen(
-        run.id, attempt, config=config, cluster=cluster, ray_configs=described, background=background or not wait
+        run.id,
+        attempt,
+        config=config,
+        cluster=cluster,
+        ray_configs=described,
+        background=background or not wait,
+        extended=bool(record.get("extended")) or _longer(before, config),
     )
     if opened is None:
         raise RunError(
@@ -164,12 +170,16 @@ def _check_left(run: Run, record: Mapping[str, Any], before: TrainConfig, config
     seen = f"step {step}, epoch {epoch:g}"
     steps = config.arguments.get("max_steps") or -1
     short = step >= steps if steps > 0 else epoch >= config.arguments.get("num_train_epochs", 3.0)
-    longer = any(before.arguments.get(name) != config.arguments.get(name) for name in options.LONGER)
+    longer = _longer(before, config)
     if longer and short:
         asked = f"max_steps={steps}" if steps > 0 else f"num_train_epochs={config.arguments['num_train_epochs']:g}"
         raise RunError(f"Run {run.id} was trained that far already.", seen=f"{seen}; asked for: {asked}", todo=way)
     if record["state"] == "done" and not longer:
         raise RunError(f"Run {run.id} is done: nothing is left to do.", seen=seen, todo=way)
+
+
+def _longer(before: TrainConfig, config: TrainConfig) -> bool:
+    return any(before.arguments.get(name) != config.arguments.get(name) for name in options.LONGER)
 
 
 # -- what travels beside them ---------------------------------------------------------------------------------

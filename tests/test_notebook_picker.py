@@ -277,6 +277,25 @@ def test_what_breaks_is_shown_and_the_picker_goes_on(session, db, page, three, m
         found._heard(found.widget, message, [])
 
 
+def test_without_a_chat_the_line_is_shown():
+    assert picker_data.asked(["base", "a/1"])["lines"][0][1] == "%%llm_chat --checkpoint a/1 --compare base"
+    assert picker_data.asked(["a/1", "b/2"])["lines"][0][1] == "%%llm_chat --checkpoint a/1 --compare b/2"
+
+
+def test_unloading_ends_a_merge(session, db, page, three, monkeypatch):
+    stopped = threading.Event()
+    monkeypatch.setattr(MergeProcess, "stop", lambda self: stopped.set())
+    monkeypatch.setattr(db, "merge", lambda *_, **more: stopped.wait(20))
+    found = opened(session, db)
+    hears(found, "merge", names=[three[2]], folder="x")
+    end = time.monotonic() + 10
+    while found._process is None and time.monotonic() < end:
+        time.sleep(0.01)
+    session.close()
+    assert stopped.is_set()
+    found._worker.join(20)
+
+
 def test_closed_it_says_nothing_more(session, db, page, three):
     found = opened(session, db)
     found.close()

@@ -70,6 +70,7 @@ class Picker:
         self._process: Any = None
         self._closed = False
         self._kept: DisplayHandle | None = None
+        session.pickers.add(self)
 
     def display(self) -> None:
         """Puts the picker into the cell's output. Must be called on the thread that runs the cell."""

@@ -142,10 +142,10 @@ def exported(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
 
 def asked(names: Sequence[str]) -> dict[str, Any]:
     """How to ask models where no chat stands beside the picker."""
-    tuned = [name for name in names if name != "base"]
-    compare = " --compare base" if "base" in names else ""
-    lines = [["in a cell of its own", f"%%llm_chat --checkpoint {name}{compare}"] for name in tuned]
-    return {"head": "To ask " + " and ".join(names) + ":", "lines": lines}
+    first, *rest = sorted(names, key=lambda name: name == "base")
+    compare = f" --compare {' '.join(rest)}" if rest else ""
+    line = f"%%llm_chat --checkpoint {first}{compare}"
+    return {"head": f"To ask {' and '.join(names)}:", "lines": [["in a cell of its own", line]]}
 
 
 def state(busy: Mapping[str, Any] | None, result: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The database is opened on the first need; ``llmnb.db`` and all that stands on it
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from ..errors import ConfigError, Fault
@@ -36,6 +37,7 @@ class Session:
         self._chats: Any = None
         self._previews: Any = None
         self.typed: dict[str, Any] | None = None
+        self.pickers: weakref.WeakSet[Any] = weakref.WeakSet()  # those with a merge under way end it with us
 
     # -- the database ----------------------------------------------------------------------------------------
 
@@ -154,4 +156,6 @@ class Session:
             self._poller = None
         self.close_chats()
         self.close_previews()
+        for picker in list(self.pickers):
+            picker.close()
         self._database = None  # it may be the person's own: not ours to close

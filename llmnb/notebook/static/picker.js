@@ -2,6 +2,7 @@
 // Each render says `ready` and gets everything. A click is answered here, at once, and carried out there.
 
 const ids = { next: 0 };
+const MOST = 4; // answers side by side
 const LOOK_EVERY = 10000; // milliseconds; a run that goes on saves checkpoints
 
 // Lab's one-letter commands must not act while a control of ours has the focus. Text fields are left alone by Lab.
@@ -214,7 +215,7 @@ class View {
     const { busy } = this.shared.doing;
     if (busy) return `${busy.words} first`;
     if (!rows.length) return "Select a checkpoint";
-    if (action === "compare") return "";
+    if (action === "compare") return rows.length > MOST ? `At most ${MOST} are compared at once` : "";
     if (action === "remove") {
       const held = rows.find((row) => row.held);
       return held ? `Step ${held.step} cannot be removed: ${held.held}` : "";

@@ -306,6 +306,7 @@ def test_completion_of_checkpoints(ready, db, tmp_path):
     assert "base" in complete(ready, "%%llm_chat --compare ")
     assert complete(ready, f"t = %llm_checkpoints {first[:8]}") == [first]
     assert set(complete(ready, f"%llm_checkpoints {first}/")) == names - {first}, "steps, once one is begun"
+    assert not names & set(complete(ready, f"%llm_checkpoints {first}/10 --merge ")), "a folder comes there"
 
 
 def test_completion_of_variables(ready):

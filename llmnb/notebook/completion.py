@@ -71,8 +71,7 @@ class Matcher:
         option = _open_option(before, actions)
         if option is not None:
             values = self._values(magic, option, before, actions)
-            if values is not None:
-                return values
+            return values or []  # what nobody knows is IPython's to complete: a folder
         options = self._options(magic) if not fragment else []
         if _positionals(before, actions):
             return options
@@ -185,13 +184,19 @@ def _open_option(before: list[str], actions: Sequence[Any]) -> str | None:
     several = {name for action in actions if action.nargs in ("+", "*") for name in action.option_strings}
     for word in reversed(before):
         if word.startswith("--"):
-            return word[2:].replace("-", "_") if word is before[-1] or word in several else None
+            open_ = word not in _bare(actions) and "=" not in word and (word is before[-1] or word in several)
+            return word[2:].replace("-", "_") if open_ else None
     return None
+
+
+def _bare(actions: Sequence[Any]) -> set[str]:
+    """The options that take nothing."""
+    return {name for action in actions if action.nargs == 0 for name in action.option_strings}
 
 
 def _positionals(before: list[str], actions: Sequence[Any]) -> int:
     """How many words belong to no option."""
-    bare = {name for action in actions if action.nargs == 0 for name in action.option_strings}
+    bare = _bare(actions)
     count, takes = 0, False
     for word in before:
         if word.startswith("--"):

@@ -21,10 +21,12 @@ __all__ = [
     "check_base",
     "check_dtypes",
     "count_parameters",
+    "extras",
     "find_adapter",
     "linear_modules",
     "load_adapter",
     "lora_modules",
+    "read_weights",
 ]
 
 
@@ -217,6 +219,41 @@ def check_base(folder: Path, base: str, base_fingerprint: str) -> None:
         )
 
 
+def read_weights(folder: Path) -> dict[str, Any]:
+    """The tensors of an adapter's file, on the CPU.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
+
+    try:
+        return load_peft_weights(str(folder), device="cpu")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"The adapter in {folder} cannot be read.", seen=error) from error
+
+
+def extras(folder: Path) -> set[str]:
+    """What an adapter changes beside LoRA's matrices: "tokens" (rows of the embeddings), "modules" (whole ones), "bias".
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    from peft import PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"The adapter in {folder} cannot be read.", seen=error) from error
+    found = {
+        "tokens": getattr(config, "trainable_token_indices", None),
+        "modules": getattr(config, "modules_to_save", None),
+        "bias": getattr(config, "bias", "none") != "none",
+    }
+    return {name for name, there in found.items() if there}
+
+
 def load_adapter(model: Any, folder: Path, *, name: str = "default", trainable: bool = False) -> Any:
     """Puts a trained adapter on a base, or on a model that has others.
 
@@ -234,13 +271,12 @@ def load_adapter(model: Any, folder: Path, *, name: str = "default", trainable: 
         ModelError: the files cannot be read.
     """
     from peft import PeftConfig, PeftModel
-    from peft.utils import load_peft_weights, set_peft_model_state_dict
-    from safetensors import SafetensorError
+    from peft.utils import set_peft_model_state_dict
 
+    weights = read_weights(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        weights = load_peft_weights(str(folder), device="cpu")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"The adapter in {folder} cannot be read.", seen=error) from error
     config.inference_mode = not trainable
     try:

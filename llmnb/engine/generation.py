@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,13 @@ from ..errors import ConfigError, DataError, Fault
 from . import adapters, bases, manifest
 from .memory import forget, give_back
 from .sampling import split_options
+from .voices import Anew, Voice, Voices, template_of
 
 __all__ = ["Answerer"]
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
 _NEW_TOKENS = 256  # when the person says nothing
-_KEPT = 4  # adapters in memory at once
-
-
-@dataclass
-class _Voice:
-    """What answers at the moment: the base (``peft`` None) or an adapter, with its own tokenizer and templates."""
-
-    peft: str | None
-    tokenizer: Any
-    prompt_template: str
 
 
 class Answerer:
@@ -47,6 +38,10 @@ class Answerer:
             model is loaded in the base's place.
         bits: 4 or 8; None takes ``spec.bits``.
 
+    Attributes:
+        told: of the last stream, once it has ended: ``tokens`` (new ones), ``seconds`` (from the prompt to the last of
+            them), ``cut`` (True when it ended at its limit, not by itself), ``notes`` (what was changed in it).
+
     Raises:
         ModelError: the model or adapter cannot be loaded.
         AdapterMismatch: the adapter was trained on another base.
@@ -55,12 +50,12 @@ class Answerer:
     def __init__(self, spec: ModelSpec, adapter: str | Path | None = None, *, bits: int | None = None) -> None:
         self._spec, self._bits = spec, bits
         self._lock = threading.RLock()
-        self._voices: OrderedDict[str, _Voice] = OrderedDict()
-        self._count = 0
-        self._model: Any = None
-        self._fingerprint = ""
+        self._voices: Voices = None  # type: ignore[assignment]
         self._loaded = ""  # folder or hub id of the base in memory
         self.name: str | None = None
+        self.told: dict[str, Any] = {}
+        self._notes: list[str] = []
+        self._room: int | None = None  # new tokens of the last call at most
         try:
             if adapter is None:
                 self._load(spec)
@@ -83,12 +78,17 @@ class Answerer:
             model.generation_config.use_cache = True
         model.eval()
         model.requires_grad_(False)
-        self._model, self._loaded = model, spec.model_name_or_path
-        self._fingerprint = bases.fingerprint(spec.model_name_or_path, **bases.where(spec.model_kwargs))
-        template = (
+        self._loaded = spec.model_name_or_path
+        fingerprint = bases.fingerprint(spec.model_name_or_path, **bases.where(spec.model_kwargs))
+        recorded = (
             manifest.read(spec.model_name_or_path).get("prompt_template") if Path(self._loaded).is_dir() else None
         )
-        self._base = self._voice = _Voice(None, tokenizer, _template(spec, template))
+        self._voice = Voice(tokenizer, template_of(spec, recorded), bases.vocabulary_rows(model))
+        self._voices = Voices(spec, model, self._voice, fingerprint)
+
+    @property
+    def _model(self) -> Any:
+        return self._voices.model if self._voices is not None else None
 
     def swap(self, adapter: str | Path | None, name: str | None = None) -> None:
         """Answers from another adapter from now on; the base stays where it is.
@@ -102,44 +102,30 @@ class Answerer:
             AdapterMismatch: it was trained on another base.
         """
         with self._lock:
-            if adapter is None:
-                if self._model is None or self._loaded != self._spec.model_name_or_path:
-                    self._load(self._spec)
-                self._voice, self.name = self._base, name
-                return
-            folder = adapters.find_adapter(adapter)
-            if manifest.kind_of(folder) != "adapter":
+            folder = None if adapter is None else adapters.find_adapter(adapter)
+            if folder is not None and manifest.kind_of(folder) != "adapter":
                 if self._loaded != str(folder):
                     self._load(replace(self._spec, model_name_or_path=str(folder)))
-                self._voice, self.name = self._base, name
-                return
-            if self._model is None or self._loaded != self._spec.model_name_or_path:
-                self._load(self._spec)
-            self._voice, self.name = self._attach(folder), name
+                voice = self._voices.base
+            else:
+                if self._voices is None or self._loaded != self._spec.model_name_or_path:
+                    self._load(self._spec)
+                voice = self._voices.base if folder is None else self._attach(folder)
+            self._voices.use(voice)
+            self._voice, self.name = voice, name
 
-    def _attach(self, folder: Path) -> _Voice:
-        key = str(folder.resolve())
-        if key in self._voices:
-            self._voices.move_to_end(key)
-            voice = self._voices[key]
-        else:
-            adapters.check_base(folder, self._spec.model_name_or_path, self._fingerprint)
-            card = manifest.read(folder)
-            tokenizer = bases.load_tokenizer(self._spec, folder)
-            bases.ensure_pad(tokenizer, None)
-            if card.get("vocabulary"):
-                inner = self._model.get_base_model() if hasattr(self._model, "peft_config") else self._model
-                bases.fit_vocabulary(inner, tokenizer, rows=card["vocabulary"])
-            while len(self._voices) >= _KEPT:
-                _, oldest = self._voices.popitem(last=False)
-                self._model.delete_adapter(oldest.peft)
-            self._count += 1
-            voice = _Voice(f"adapter{self._count}", tokenizer, _template(self._spec, card.get("prompt_template")))
-            self._model = adapters.load_adapter(self._model, folder, name=str(voice.peft))
-            self._voices[key] = voice
-        self._model.set_adapter(voice.peft)
-        self._model.requires_grad_(False)
-        return voice
+    def _attach(self, folder: Path) -> Voice:
+        try:
+            try:
+                return self._voices.find(folder)
+            except Anew:
+                self._load(self._spec)
+                return self._voices.find(folder)
+        except BaseException as error:
+            if self._voices.broken:
+                forget(error)
+                self._load(self._spec)
+            raise
 
     def close(self) -> None:
         """Gives the memory back; the answerer is of no more use."""
@@ -147,9 +133,7 @@ class Answerer:
             self._drop()
 
     def _drop(self) -> None:
-        self._model = None
-        self._voices.clear()
-        self._base = self._voice = None  # type: ignore[assignment]
+        self._voices = self._voice = None  # type: ignore[assignment]
         self._loaded = ""
         give_back()
 
@@ -209,6 +193,8 @@ class Answerer:
         from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
         enough = threading.Event()
+        count = 0
+        last = -1
 
         class Closed(StoppingCriteria):
             def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
@@ -218,13 +204,16 @@ class Answerer:
 
         class Streamer(TextIteratorStreamer):
             def put(self, value: Any) -> None:
-                # A stop token that the tokenizer does not call special would be shown.
-                if value.numel() == 1 and int(value.reshape(-1)[0]) in stops and not self.next_tokens_are_prompt:
-                    return
+                nonlocal count, last
+                if not self.next_tokens_are_prompt:
+                    count, last = count + 1, int(value.reshape(-1)[-1])
+                    if last in stops:  # one that the tokenizer does not call special would be shown
+                        return
                 super().put(value)
 
         streamer = Streamer(self._voice.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failed: list[BaseException] = []
+        begun = time.monotonic()
 
         def work() -> None:
             try:
@@ -244,6 +233,8 @@ class Answerer:
         finally:
             enough.set()
             thread.join()
+            cut = 0 < (self._room or 0) <= count and last not in stops
+            self.told = {"tokens": count, "seconds": time.monotonic() - begun, "cut": cut, "notes": self._notes}
         if failed:
             raise failed[0]
 
@@ -269,6 +260,9 @@ class Answerer:
         tokenizer, model = self._voice.tokenizer, self._model
         longest = max(map(len, ids))
         self._limit(options, longest)
+        spare = range(self._voice.rows, self._voices.rows)  # rows that another adapter's tokens brought
+        if spare:
+            options["suppress_tokens"] = [*(options.get("suppress_tokens") or []), *spare]
         pad = tokenizer.pad_token_id
         device = model.get_input_embeddings().weight.device
         tokens = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=device)  # (batch, seq)
@@ -284,12 +278,10 @@ class Answerer:
 
     @contextlib.contextmanager
     def _speaking(self, ours: Mapping[str, Any]) -> Iterator[None]:
-        """The adapter on or off, and the random numbers of this call's own seed."""
+        """The random numbers of this call's own seed."""
         import torch
 
         with contextlib.ExitStack() as stack:
-            if self._voice.peft is None and hasattr(self._model, "peft_config"):
-                stack.enter_context(self._model.disable_adapter())
             if ours.get("seed") is not None:
                 stack.enter_context(torch.random.fork_rng())
                 torch.manual_seed(int(ours["seed"]))
@@ -312,6 +304,7 @@ class Answerer:
 
     def _limit(self, options: dict[str, Any], prompt: int) -> None:
         """Keeps prompt and answer within the model's context."""
+        self._notes, self._room = [], None
         context = getattr(self._model.config, "max_position_embeddings", None)
         if context is not None and prompt >= context:
             raise DataError(
@@ -325,7 +318,9 @@ class Answerer:
             if asked is not None:
                 text = f"max_new_tokens={asked} was lowered to {context - prompt}: the model takes {context} tokens"
                 warnings.warn(text, stacklevel=2)
+                self._notes.append(text)
             room = context - prompt
+        self._room = room
         options["max_new_tokens"] = room
         options["max_length"] = None
 
@@ -345,11 +340,6 @@ class Answerer:
             elif closing:
                 words.append(closer)
         return sorted(i for i in ids if i is not None), words
-
-
-def _template(spec: ModelSpec, recorded: str | None) -> str:
-    """The person's prompt template when they gave one, else the one that the weights were trained with."""
-    return spec.prompt_template if spec.prompt_template != "{input}" else recorded or spec.prompt_template
 
 
 def _groups(order: Sequence[int], chats: Sequence[bool], size: int) -> Iterator[list[int]]:

@@ -12,7 +12,7 @@ import pytest
 
 from llmnb import LLM, Collection, LLMTrainer, connect
 from llmnb.config import ModelSpec
-from llmnb.errors import ModelError
+from llmnb.errors import DataError, ModelError
 from llmnb.launch.chat import ChatProcess
 
 
@@ -96,6 +96,54 @@ def test_stop_keeps_what_came(chat):
     stream.close()  # as a KeyboardInterrupt in the caller's loop does
     assert list(chat.ask("7+1=", max_new_tokens=2)) is not None
     assert time.monotonic() - begun < 60
+
+
+def test_what_an_answer_tells(chat):
+    answer = chat.ask("hello", max_new_tokens=6, min_new_tokens=6)
+    assert "".join(answer) and answer.told["tokens"] == 6 and answer.told["cut"] and answer.told["seconds"] > 0
+    answer = chat.ask("hello", max_new_tokens=200, min_new_tokens=200)
+    next(answer)
+    answer.stop()
+    rest = list(answer)
+    assert 1 <= answer.told["tokens"] < 200 and len(rest) < 200 and not answer.told["cut"]
+    never = chat.ask("hello", max_new_tokens=4)
+    never.stop()
+    assert list(never) == []
+    with pytest.raises(DataError, match="256"):
+        list(chat.ask("hello " * 400))
+    answer = chat.ask("hello " * 60, max_new_tokens=4000)
+    assert list(answer) and "lowered" in answer.told["notes"][0]
+
+
+def test_memory_that_does_not_suffice_is_said_and_the_process_lives_on(tmp_path):
+    from tiny import make_model
+
+    wide = make_model("llama", tmp_path / "wide", intermediate_size=100_000, num_hidden_layers=1)  # 100 MB for a prompt
+    with ChatProcess(ModelSpec(model_name_or_path=str(wide))) as chat:
+        assert list(chat.ask("hello", max_new_tokens=2))
+        process = psutil.Process(chat.pid)
+        before = process.rlimit(psutil.RLIMIT_AS)
+        process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 48 * 2**20, before[1]))
+        with pytest.raises(ModelError, match="memory did not suffice") as caught:
+            list(chat.ask("the cat sat " * 40, max_new_tokens=4))
+        assert "smaller model" in str(caught.value)
+        assert list(chat.ask("hello", max_new_tokens=2)) and chat.pid == process.pid
+
+
+def test_after_a_while_without_a_question_the_memory_is_given_back(tiny_llama):
+    ended = []
+    with ChatProcess(ModelSpec(model_name_or_path=tiny_llama), idle=0.5, ended=lambda: ended.append(1)) as chat:
+        stream = chat.ask("hello", max_new_tokens=4, min_new_tokens=4)
+        next(stream)
+        time.sleep(1.5)
+        assert chat.alive, "an answer that is read slowly is not idleness"
+        list(stream)
+        pid, end = chat.pid, time.monotonic() + 20
+        while not ended:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert ended == [1] and not chat.alive and not psutil.pid_exists(pid)
+        assert list(chat.ask("hello", max_new_tokens=2))
 
 
 def test_a_process_that_dies_is_said_and_replaced_and_close_ends_it(chat):

@@ -235,7 +235,7 @@ def read_weights(folder: Path) -> dict[str, Any]:
 
 
 def extras(folder: Path) -> set[str]:
-    """What an adapter changes beside LoRA's matrices: "tokens" (rows of the embeddings), "modules" (whole ones), "bias".
+    """What an adapter has beside LoRA's matrices: "tokens" (rows of the embeddings), "modules" (whole ones), "bias".
 
     Raises:
         ModelError: it cannot be read.

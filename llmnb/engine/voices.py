@@ -1,7 +1,7 @@
 """Adapters on one base in memory, swapped in a millisecond, each answering as if it were the only one.
 
-Adapters of one shape (the same LoRA settings and tensors, as all checkpoints of a run have) share one place in the model:
-a swap hands that place other tensors, nothing is copied and no module is made. Other shapes have places of their own.
+Adapters of one shape (the same LoRA settings and tensors, as all checkpoints of a run have) share one place in the
+model: a swap hands that place other tensors, nothing is copied, no module is made. Other shapes have other places.
 What an adapter changes in the base itself (trained biases, rows for new tokens) is undone for the others. Knows nothing
 of prompts.
 """
@@ -24,7 +24,7 @@ __all__ = ["Anew", "Voice", "Voices", "template_of"]
 
 _KEPT = 4  # adapters in memory at once
 _TOKENIZERS = 4
-_TOKENIZER_FILES = ("tokenizer*.json", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+_TOKENIZER_FILES = ("*token*.json", "tokenizer.model", "*.jinja", "vocab.*", "merges.txt")
 _NOT_SHAPE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
 
 

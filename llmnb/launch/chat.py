@@ -19,16 +19,19 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from ..config import ModelSpec
 from ..errors import LlmnbError, ModelError
 
-__all__ = ["ChatProcess"]
+__all__ = ["IDLE", "Answer", "ChatProcess"]
 
 Question = str | Sequence[Mapping[str, Any]]
+
+IDLE = 15 * 60.0  # seconds without a question until the model's memory is given back
+_FULL = ("out of memory", "can't allocate memory", "cannot allocate memory", "memoryerror", "bad_alloc")
 
 
 class ChatProcess:
@@ -36,14 +39,17 @@ class ChatProcess:
 
     Args:
         spec: the base model; nothing of it appears in the process list.
+        idle: seconds without a question after which it ends by itself; the next question starts a new one. None: never.
+        ended: called, from any thread, when it has ended in that way.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
-        self._spec = spec
+    def __init__(self, spec: ModelSpec, idle: float | None = IDLE, ended: Callable[[], None] | None = None) -> None:
+        self._spec, self._idle, self._ended = spec, idle, ended
         self._child: _Child | None = None
         self._lock = threading.Lock()
-        self._count = 0
-        self._asked: int | None = None
+        self._count = self._busy = 0
+        self._last: Answer | None = None
+        self._timer: threading.Timer | None = None
 
     def __repr__(self) -> str:
         state = f"process {self.pid}" if self.alive else "not running"
@@ -52,17 +58,19 @@ class ChatProcess:
     @property
     def alive(self) -> bool:
         """True while the process runs."""
-        return self._child is not None and self._child.alive
+        child = self._child
+        return child is not None and child.alive
 
     @property
     def pid(self) -> int | None:
         """The process's id, None before the first question."""
-        return self._child.process.pid if self._child is not None else None
+        child = self._child
+        return child.process.pid if child is not None else None
 
-    def ask(self, question: Question, *, adapter: str | Path | None = None, **sampling: Any) -> Iterator[str]:
+    def ask(self, question: Question, *, adapter: str | Path | None = None, **sampling: Any) -> Answer:
         """Asks, and gives the answer piece by piece.
 
-        Closing the iterator, or ``stop()``, ends the answer; what came so far stays with the caller.
+        Closing the answer, or ``stop()``, ends it; what came so far stays with the caller.
 
         Args:
             question: a text, or chat messages.
@@ -70,33 +78,50 @@ class ChatProcess:
             **sampling: options of ``generate``.
 
         Raises:
-            LlmnbError: what the model's side raised; the process lives on.
+            LlmnbError: (while the pieces are read) what the model's side raised; the process lives on.
             ModelError: the process ended (out of memory, mostly); the next question starts a new one.
         """
+        self._last = Answer(self, {"question": _plain(question), "adapter": _folder(adapter), "options": sampling})
+        return self._last
+
+    def _begin(self) -> tuple[_Child, int]:
         with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
             if self._child is None or not self._child.alive:
                 self._child = _Child(self._spec)
-            child = self._child
+            self._busy += 1
             self._count += 1
-            number = self._asked = self._count
-        pieces = child.listen(number)
-        try:
-            child.send({"ask": number, "question": _plain(question), "adapter": _folder(adapter), "options": sampling})
-            yield from _answer(child, pieces)
-        finally:
-            child.forget(number)
-            with contextlib.suppress(ModelError):
-                child.send({"stop": number})
+            return self._child, self._count
+
+    def _finish(self) -> None:
+        with self._lock:
+            self._busy -= 1
+            if self._idle is not None and not self._busy:
+                self._timer = threading.Timer(self._idle, self._rest)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def _rest(self) -> None:
+        """On the timer's thread."""
+        with self._lock:
+            if self._busy or self._child is None:
+                return
+            child, self._child = self._child, None
+        child.close()
+        if self._ended is not None:
+            self._ended()
 
     def stop(self) -> None:
         """Ends the answer that is being given. Without one, nothing happens."""
-        if self._child is not None and self._asked is not None and self._child.alive:
-            with contextlib.suppress(ModelError):
-                self._child.send({"stop": self._asked})
+        if self._last is not None:
+            self._last.stop()
 
     def close(self) -> None:
         """Ends the process and so gives all of its memory back. The next question would start a new one."""
         with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
             child, self._child = self._child, None
         if child is not None:
             child.close()
@@ -108,21 +133,78 @@ class ChatProcess:
         self.close()
 
 
-def _answer(child: _Child, pieces: queue.SimpleQueue[dict[str, Any]]) -> Iterator[str]:
-    while True:
-        said = pieces.get()
-        if "piece" in said:
-            yield said["piece"]
-        elif "error" in said:
-            raise pickle.loads(base64.b64decode(said["error"]))  # our own child wrote it, through a private pipe
-        elif "gone" in said:
-            raise ModelError(
-                "The chat's process has ended.",
-                seen=child.last_words() or f"exit status {child.process.poll()}",
-                todo="ask again: a new one is started. When memory was short, use bits=4 or a smaller model",
-            )
-        else:
+class Answer(Iterator[str]):
+    """One answer, piece by piece. It is asked for when the first piece is.
+
+    Attributes:
+        told: after the last piece: ``tokens``, ``seconds``, ``cut``, ``notes`` (see ``Answerer.told``). It stays empty
+            when the answer was closed early.
+    """
+
+    def __init__(self, process: ChatProcess, message: Mapping[str, Any]) -> None:
+        self._process, self._message = process, message
+        self._at: tuple[_Child, int] | None = None
+        self._stopped = False
+        self.told: dict[str, Any] = {}
+        self._pieces = self._read()
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def stop(self) -> None:
+        """Ends it, from any thread; the pieces that came can still be read, and what was told."""
+        self._stopped = True
+        at = self._at
+        if at is not None and at[0].alive:
+            with contextlib.suppress(ModelError):
+                at[0].send({"stop": at[1]})
+
+    def close(self) -> None:
+        """Ends it; nothing more is read."""
+        self._pieces.close()
+
+    def _read(self) -> Generator[str, None, None]:
+        if self._stopped:
             return
+        child, number = self._at = self._process._begin()
+        pieces = child.listen(number)
+        ended = False
+        try:
+            child.send({"ask": number, **self._message})
+            if self._stopped:  # at the same moment
+                self.stop()
+            while not ended:
+                said = pieces.get()
+                if "piece" in said:
+                    yield said["piece"]
+                    continue
+                ended = True
+                self.told = said.get("told") or {}
+                _check(said, child)
+        finally:
+            self._at = None
+            child.forget(number)
+            if not ended and child.alive:
+                with contextlib.suppress(ModelError):
+                    child.send({"stop": number})
+            self._process._finish()
+
+
+def _check(said: Mapping[str, Any], child: _Child) -> None:
+    if "error" in said:
+        raise pickle.loads(base64.b64decode(said["error"]))  # our own child wrote it, through a private pipe
+    if "gone" in said:
+        raise _ended(child)
+
+
+def _ended(child: _Child) -> ModelError:
+    status = child.process.poll()
+    seen = "it was killed (signal 9), as a system does when memory is short" if status == -9 else ""
+    return ModelError(
+        "The chat's process has ended.",
+        seen=seen or child.last_words() or f"exit status {status}",
+        todo="ask again: a new one is started. When memory was short, use bits=4 or a smaller model",
+    )
 
 
 def _plain(question: Question) -> Any:
@@ -170,8 +252,9 @@ class _Child:
                 self.process.stdin.write(line)
                 self.process.stdin.flush()
         except (OSError, ValueError) as error:
-            seen = self.last_words() or f"exit status {self.process.poll()}"
-            raise ModelError("The chat's process has ended.", seen=seen, todo="ask again") from error
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(2.0)
+            raise _ended(self) from error
 
     def listen(self, number: int) -> queue.SimpleQueue[dict[str, Any]]:
         box: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -272,11 +355,13 @@ class _Server:
                 error.__traceback__ = None  # its frames hold tensors
 
     def _answer(self, number: int, message: Mapping[str, Any]) -> None:
+        told: dict[str, Any] = {}
         if number not in self._stopped:
             self._ready(message.get("adapter"))
             for piece in self._pieces(message, number):
                 self._say({"number": number, "piece": piece})
-        self._say({"number": number, "end": True})
+            told = self._answerer.told
+        self._say({"number": number, "end": True, "told": told})
         self._stopped.discard(number)
 
     def _pieces(self, message: Mapping[str, Any], number: int) -> Iterator[str]:
@@ -307,8 +392,11 @@ def _own(error: Exception) -> LlmnbError:
     """The caller may have no torch, so only errors of our own cross."""
     if isinstance(error, LlmnbError):
         return error
-    todo = "use bits=4, or a smaller model" if "out of memory" in str(error).lower() else None
-    return ModelError("The model could not answer.", seen=f"{type(error).__name__}: {error}", todo=todo)
+    seen = f"{type(error).__name__}: {error}"
+    if any(words in seen.lower() for words in _FULL):
+        todo = "a shorter question or fewer new tokens; or bits=4, or a smaller model"
+        return ModelError("The memory did not suffice for this answer.", seen=seen.splitlines()[0][:300], todo=todo)
+    return ModelError("The model could not answer.", seen=seen)
 
 
 def _watch_parent() -> None:

@@ -17,6 +17,7 @@ from ..errors import ConnectError, MissingPackage, QueryError
 from ..query import Document, Query, Select
 from . import address, environment, places, queries
 from .artifacts import Artifacts
+from .chats import Chats
 from .checkpoints import Checkpoints
 from .clock import Clock
 from .events import Events
@@ -76,6 +77,7 @@ class Store:
         self.events = Events(events, self.runs)
         checkpoints = self._table("checkpoints", [("experiment", 1), ("step", 1)], [("files.sha256", 1)])
         self.checkpoints = Checkpoints(checkpoints, self.artifacts, clock, Path(home) / "cache")
+        self.chats = Chats(self._table("chats", [("changed", -1)]), clock)
         models = self._table("models", [("identifier", 1), ("version", 1)])
         self.models = Models(models, self._table("counters"), self.runs, clock)
         self.models.checkpoints = self.checkpoints

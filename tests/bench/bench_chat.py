@@ -60,10 +60,10 @@ def make(root: Path) -> None:
         model = wrapped.unload()
 
 
-def took(work: Callable[[], Any]) -> float:
+def took(work: Callable[..., Any], *given: Any, **options: Any) -> float:
     """Milliseconds."""
     begun = time.perf_counter()
-    work()
+    work(*given, **options)
     return 1000 * (time.perf_counter() - begun)
 
 
@@ -104,21 +104,21 @@ def measure(root: Path, rounds: int) -> None:
         times.setdefault(what, []).append(milliseconds)
 
     for _ in range(rounds):
-        held: list[Answerer] = []
-        loading = took(lambda: held.append(Answerer(spec, root / "a")))
+        begun = time.perf_counter()
+        answerer = Answerer(spec, root / "a")
+        loading = 1000 * (time.perf_counter() - begun)
         note("load", loading)
-        note("load, with the first token", loading + took(lambda: held[0].answer([PROMPT], **one)))
-        answerer = held[0]
-        note("the first token alone", took(lambda: answerer.answer([PROMPT], **one)))
-        note("swap to one that must be read", took(lambda: answerer.swap(root / "b")))
-        note("swap to one that must be read", took(lambda: answerer.swap(root / "c")))
+        note("load, with the first token", loading + took(answerer.answer, [PROMPT], **one))
+        note("the first token alone", took(answerer.answer, [PROMPT], **one))
+        note("swap to one that must be read", took(answerer.swap, root / "b"))
+        note("swap to one that must be read", took(answerer.swap, root / "c"))
         for name in "abcacb":
-            note("swap to one that is here", took(lambda name=name: answerer.swap(root / name)))
+            note("swap to one that is here", took(answerer.swap, root / name))
         for _ in range(3):
-            note("swap to the base", took(lambda: answerer.swap(None)))
-            note("swap from the base", took(lambda: answerer.swap(root / "a")))
-        note("swap to another rank, that must be read", took(lambda: answerer.swap(root / "other")))
-        note("swap between ranks", took(lambda: answerer.swap(root / "a")))
+            note("swap to the base", took(answerer.swap, None))
+            note("swap from the base", took(answerer.swap, root / "a"))
+        note("swap to another rank, that must be read", took(answerer.swap, root / "other"))
+        note("swap between ranks", took(answerer.swap, root / "a"))
         for name in ("a", "b", "a", "base", "other", "b", "c", "base", "a"):
             answerer.swap(folders[name])
             assert torch.equal(logits(answerer), fresh[name][0]), name
@@ -139,8 +139,12 @@ def process(root: Path) -> None:
     from llmnb.launch.chat import ChatProcess
 
     with ChatProcess(ModelSpec(model_name_or_path=str(root / "base"))) as chat:
-        starting = took(lambda: list(chat.ask(PROMPT, adapter=root / "a", max_new_tokens=1)))
-        asked = [took(lambda: list(chat.ask(PROMPT, adapter=root / n, max_new_tokens=1))) for n in "bcabcabc"]
+
+        def ask(name: str) -> None:
+            list(chat.ask(PROMPT, adapter=root / name, max_new_tokens=1))
+
+        starting = took(ask, "a")
+        asked = [took(ask, name) for name in "bcabcabc"]
     print(f"through the chat's process: the first answer of one token {starting:.0f} ms, later ones, each by another")
     print(f"adapter, {statistics.median(asked):.0f} ms ({min(asked):.0f}–{max(asked):.0f})")
 

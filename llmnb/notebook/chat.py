@@ -1,28 +1,49 @@
-"""``%%llm_chat``: one prompt, one column for each model that answers, streaming.
+"""Who can answer in a chat, the processes that do, and a conversation as text and as HTML.
 
-The models sit in processes of their own (``launch.chat``); this module sends prompts, and shows what comes back as text
-that is escaped. A process stays warm for the next cell and ends with the kernel, with ``%llm_chat --close``, or when
-another database is connected.
+The models sit in processes of their own (``launch.chat``). A process stays warm for the next question and ends with the
+kernel, with ``%llm_chat --close``, when another database is connected, or after 15 minutes without a question.
 """
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
-
-from IPython.display import display
 
 from ..checkpoint import Checkpoint
 from ..config import ModelSpec, thaw
-from ..errors import NotFound
+from ..conversation import Conversation, Form, Reply
+from ..errors import ConfigError, Fault, LlmnbError, ModelError, NotFound
+from .tables import local_time
+from .words import figure, number
 
-__all__ = ["Answers", "Chats", "Speaker", "speakers"]
+__all__ = [
+    "MOST",
+    "Chats",
+    "Speaker",
+    "answer",
+    "choices",
+    "error_words",
+    "named",
+    "newest",
+    "page",
+    "plain",
+    "print_answers",
+    "question",
+    "sampled",
+    "sampling_of",
+    "sampling_words",
+    "speaker",
+]
 
-_EVERY = 0.1  # seconds between two updates of the output; the last one always comes
+MOST = 4  # models that answer side by side
+_PROCESSES = 2  # base models in memory at once, each in its process
 
 
 @dataclass(frozen=True)
@@ -30,179 +51,394 @@ class Speaker:
     """Who answers.
 
     Attributes:
+        name: "base" or "EXPERIMENT/STEP".
         head: what it is, in words: "base", "tickets step 300 (best)".
         spec: the model whose process it is.
         adapter: folder of the adapter, None for the model as it is.
-        chat: True when prompts go through the tokenizer's chat template.
+        form: how it was trained; kind "messages" goes through the tokenizer's chat template.
     """
 
+    name: str
     head: str
     spec: ModelSpec
     adapter: str | None
-    chat: bool
+    form: Form = field(default_factory=Form)
+
+    @property
+    def chat(self) -> bool:
+        """True when the history goes along; else each prompt stands alone."""
+        return self.form.kind == "messages"
 
 
-def speakers(database: Any, checkpoint: str | None, compare: str | None, form: str | None) -> list[Speaker]:
-    """The columns: the base first when it is compared with, then the checkpoint.
+# --- who answers ----------------------------------------------------------------------------------------------
+
+
+def newest(database: Any) -> str:
+    """The checkpoint that the newest run's model answers with, as "EXPERIMENT/STEP".
+
+    Raises:
+        NotFound: there is none at all.
+    """
+    experiments = database.show("checkpoint")
+    if not experiments:
+        raise NotFound("checkpoint", "latest", todo="train first: %llm_train --help; then %llm_checkpoints lists them")
+    try:
+        record = database.store.runs.get(experiments[-1])
+        version = database.store.models.get(record["model"], record["version"])
+        if version.get("checkpoint"):
+            return str(version["checkpoint"])
+    except NotFound:
+        pass  # the run's record was removed; its checkpoints stay
+    return f"{experiments[-1]}/{database.show('checkpoint', experiments[-1])[-1]}"
+
+
+def speaker(database: Any, name: str, beside: Sequence[str] = (), form: str | None = None) -> Speaker:
+    """One who answers; the files of its checkpoint are fetched.
 
     Args:
         database: the connected ``Datalayer``.
-        checkpoint: "experiment" or "experiment/step"; None: what the newest run's model answers with.
-        compare: "base" or None.
+        name: "base", "EXPERIMENT/STEP", or "EXPERIMENT" for its last step.
+        beside: the others who answer: "base" is the base of the first checkpoint among them, else of the newest run's.
         form: "text" or "chat"; None: as the run was trained.
 
     Raises:
         NotFound: no such checkpoint, or none at all.
+        ArtifactError: its stored bytes are not what their digest says.
     """
-    found = _find(database, checkpoint)
-    spec, kind = _trained_as(database, found)
-    chat = form == "chat" if form else kind == "messages"
-    best = " (best)" if found.best else ""
-    head = f"{spec.identifier} step {found.step}{best}"
-    if found.kind == "adapter":
-        tuned = Speaker(head, spec, found.path, chat)
+    if name == "base":
+        found = _first(database, [other for other in beside if other != "base"])
     else:
-        tuned = Speaker(head, replace(spec, model_name_or_path=str(found.path)), None, chat)
-    return [Speaker("base", spec, None, chat), tuned] if compare else [tuned]
+        found = database.load("checkpoint", name)
+    spec, trained = database.trained_as(found)
+    if form is not None:
+        trained = replace(trained, kind="messages" if form == "chat" else _unless_chat(trained.kind))
+    if name == "base":
+        return Speaker("base", "base", spec, None, trained)
+    head = f"{spec.identifier} step {found.step}{' (best)' if found.best else ''}"
+    name = f"{found.experiment}/{found.step}"
+    if found.kind == "adapter":
+        return Speaker(name, head, spec, str(found.path), trained)
+    return Speaker(name, head, replace(spec, model_name_or_path=str(found.path)), None, trained)
 
 
-def _find(database: Any, name: str | None) -> Checkpoint:
-    if name:
-        return database.load("checkpoint", name)
-    experiments = database.show("checkpoint")
-    if not experiments:
-        raise NotFound("checkpoint", "latest", todo="train first: %llm_train --help; then %llm_checkpoints lists them")
-    found = None
-    try:
-        found = database.answering(experiments[-1])
-    except NotFound:
-        pass  # the run's record was removed; its checkpoints stay
-    return found or database.load("checkpoint", experiments[-1])
+def _first(database: Any, names: Sequence[str]) -> Checkpoint:
+    for name in names:
+        with contextlib.suppress(NotFound):  # it was removed, and says so in its own column
+            return _record(database, name)
+    return _record(database, newest(database))
 
 
-def _trained_as(database: Any, checkpoint: Checkpoint) -> tuple[ModelSpec, str]:
-    """The model that was trained, without any adapter, and the kind of its rows."""
-    spec = ModelSpec(identifier=checkpoint.experiment, model_name_or_path=checkpoint.base)
-    config: dict[str, Any] = {}
-    counts: dict[str, Any] = {}
-    try:
-        record = database.store.runs.get(checkpoint.experiment)
-        config, counts = record.get("config") or {}, record.get("counts") or {}
-        spec = ModelSpec.from_json(database.store.models.get(record["model"], record["version"])["spec"])
-    except NotFound:
-        pass  # the run or its model was removed; the checkpoint knows its base
-    if config.get("prompt_template"):
-        spec = replace(spec, prompt_template=config["prompt_template"])
-    kind = config.get("key_kind") or counts.get("kind") or "text"
-    return replace(spec, adapter_id=None, bits=spec.bits or config.get("bits")), kind
+def _record(database: Any, name: str) -> Checkpoint:
+    """As ``database.load`` finds it, without its files."""
+    return database.store.checkpoints.get(name)
+
+
+def _unless_chat(kind: str) -> str:
+    return "text" if kind == "messages" else kind
+
+
+def named(database: Any, checkpoint: str | None, compare: Sequence[str] = ()) -> list[str]:
+    """The columns' names: the base first when it is compared with, then the checkpoint, then the others.
+
+    Args:
+        database: the connected ``Datalayer``.
+        checkpoint: "EXPERIMENT" or "EXPERIMENT/STEP"; None: what the newest run's model answers with.
+        compare: "base" and others.
+
+    Raises:
+        NotFound: no such checkpoint, or none at all.
+        ConfigError: they are too many.
+    """
+    first = _name(database, checkpoint) if checkpoint else newest(database)
+    others = [_name(database, name) for name in compare if name != "base"]
+    names = list(dict.fromkeys([*(["base"] if "base" in compare else []), first, *others]))
+    if len(names) > MOST:
+        raise ConfigError([Fault("--compare", f"makes {len(names)} columns", f"at most {MOST}")])
+    return names
+
+
+def _name(database: Any, name: str) -> str:
+    if name == "base":
+        return name
+    found = _record(database, name)
+    return f"{found.experiment}/{found.step}"
+
+
+def choices(database: Any) -> list[tuple[str, str, str]]:
+    """Everyone who can answer, as (name, words, run): the base, then checkpoints, newest experiment first."""
+    runs = {record["_id"]: record for record in database.store.runs.list()}
+    found = [("base", "base", "")]
+    for experiment in database.show("checkpoint")[::-1]:
+        record = runs.get(experiment) or {}
+        model = str(record.get("model") or experiment)
+        run = f"{model} · {local_time(record.get('created'))}" if record else experiment
+        for saved in reversed(database.checkpoints(experiment)):
+            loss = saved.metrics.get("eval_loss")
+            facts = ["best"] if saved.best else []
+            facts += [f"eval {figure(loss)}"] if loss is not None else []
+            words = f" ({', '.join(facts)})" if facts else ""
+            found.append((f"{experiment}/{saved.step}", f"{model} step {saved.step}{words}", run))
+    return found
+
+
+# --- the processes --------------------------------------------------------------------------------------------
 
 
 class Chats:
-    """The chat processes of one session, one for each base model."""
+    """The chat processes of one session, one for each base model; the one that was not used for longest gives way."""
 
     def __init__(self) -> None:
-        self._processes: dict[str, Any] = {}
+        self._processes: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+        self._watchers: list[Callable[[], None]] = []
 
-    def ask(self, speaker: Speaker, prompt: str, sampling: Mapping[str, Any]) -> Iterator[str]:
-        """The answer piece by piece."""
-        question: Any = [{"role": "user", "content": prompt}] if speaker.chat else prompt
+    def ask(self, speaker: Speaker, question: Any, sampling: Mapping[str, Any]) -> Any:
+        """The answer, to be read piece by piece; its ``told`` says how fast it was."""
         wanted = {**thaw(speaker.spec.predict_kwargs), **sampling}
-        yield from self._process(speaker.spec).ask(question, adapter=speaker.adapter, **wanted)
+        return self._process(speaker.spec).ask(question, adapter=speaker.adapter, **wanted)
 
-    def stop(self, speaker: Speaker) -> None:
-        """Ends the answer that is being given."""
-        self._process(speaker.spec).stop()
+    def ready(self, speaker: Speaker) -> bool:
+        """True when its base is in memory."""
+        with self._lock:
+            process = self._processes.get(_key(speaker.spec))
+        return process is not None and process.alive
 
     def _process(self, spec: ModelSpec) -> Any:
         from ..launch.chat import ChatProcess
 
-        key = json.dumps(spec.to_json(), sort_keys=True)
-        if key not in self._processes:
-            self._processes[key] = ChatProcess(spec)
-        return self._processes[key]
+        key, old = _key(spec), []
+        with self._lock:
+            if key not in self._processes:
+                self._processes[key] = ChatProcess(spec, ended=self._tell)
+            self._processes.move_to_end(key)
+            while len(self._processes) > _PROCESSES:
+                old.append(self._processes.popitem(last=False)[1])
+            process = self._processes[key]
+        for one in old:
+            one.close()
+        return process
+
+    def watch(self, watcher: Callable[[], None]) -> None:
+        """Calls the watcher, from any thread, when memory was given back."""
+        self._watchers.append(watcher)
+
+    def unwatch(self, watcher: Callable[[], None]) -> None:
+        """No longer."""
+        with contextlib.suppress(ValueError):
+            self._watchers.remove(watcher)
+
+    def _tell(self) -> None:
+        for watcher in list(self._watchers):
+            watcher()
 
     def close(self) -> None:
-        """Ends all of them and gives their memory back."""
-        for process in self._processes.values():
+        """Ends all of them and gives their memory back. The next question starts a new one."""
+        with self._lock:
+            processes = list(self._processes.values())
+            self._processes.clear()
+        for process in processes:
             process.close()
-        self._processes.clear()
+        self._tell()
 
     def __len__(self) -> int:
-        return len(self._processes)
+        """How many are in memory."""
+        with self._lock:
+            return sum(process.alive for process in self._processes.values())
 
 
-class Answers:
-    """The output of one chat cell: a prompt and its columns, updated in place."""
+def _key(spec: ModelSpec) -> str:
+    return json.dumps(spec.to_json(), sort_keys=True)
 
-    def __init__(self, prompt: str, columns: Sequence[Speaker], sampling: Mapping[str, Any]) -> None:
-        self.prompt = prompt
-        self.heads = [c.head for c in columns]
-        self.texts = ["" for _ in columns]
-        self.notes = ["waiting" if i else "loading the model…" for i in range(len(columns))]
-        self.sampling = "  ".join(f"{k} {v}" for k, v in sampling.items())
-        self._handle: Any = None
-        self._shown = 0.0
 
-    def show(self, *, now: bool = False) -> None:
-        """Brings the output up to date, at most ten times a second unless ``now``."""
-        if not now and time.monotonic() - self._shown < _EVERY:
+def question(chat: Conversation, who: Speaker, turn: int) -> Any:
+    """What a model is asked in a turn: the history and the prompt as messages, or the prompt alone."""
+    prompt = chat.turns[turn].prompt
+    return [*chat.messages(who.name, turn), {"role": "user", "content": prompt}] if who.chat else prompt
+
+
+def print_answers(
+    database: Any, chats: Chats, chat: Conversation, names: Sequence[str], sampling: Mapping[str, Any], form: str | None
+) -> None:
+    """The newest turn in a terminal, as plain text while it comes. An interrupt stops it."""
+    turn = chat.turns[-1]
+    for name in names:
+        who = speaker(database, name, names, form)
+        reply = Reply(who.name, who.head)
+        turn.replies.append(reply)
+        if name != "base" or len(names) == 1:
+            chat.form = who.form
+        held: list[Any] = []
+        print(f"[{who.head}]", flush=True)
+        try:
+            shown = 0
+            for _ in answer(chats, who, question(chat, who, len(chat.turns) - 1), sampling, reply, held.append):
+                print(reply.text[shown:], end="", flush=True)
+                shown = len(reply.text)
+        except KeyboardInterrupt:
+            held[-1].stop() if held else None
+            reply.state, reply.note = "stopped", "stopped"
+        print(f"\n{reply.note}\n", flush=True)
+        if reply.state == "stopped":
             return
-        self._shown = time.monotonic()
-        bundle = {"text/plain": self.plain(), "text/html": self.page()}
-        if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)
+
+
+def answer(
+    chats: Chats, who: Speaker, question: Any, sampling: Mapping[str, Any], reply: Reply, hold: Callable[[Any], None]
+) -> Iterator[None]:
+    """Fills a reply while the model answers; gives control back after each piece.
+
+    Args:
+        chats: the processes.
+        who: answers.
+        question: a text, or messages.
+        sampling: options of ``generate``.
+        reply: what is filled in.
+        hold: gets the answer, so that somebody else can stop it.
+
+    Raises:
+        LlmnbError: what went wrong, also in words in ``reply.note``.
+    """
+    reply.state = "answering" if chats.ready(who) else "loading"
+    reply.note = "answering…" if reply.state == "answering" else "loading the model…"
+    yield
+    begun = time.monotonic()
+    try:
+        pieces = chats.ask(who, question, sampling)
+        hold(pieces)
+        for piece in pieces:
+            reply.state, reply.note = "answering", "answering…"
+            reply.text = (reply.text + piece).lstrip("\n")
+            yield
+    except LlmnbError as error:
+        error = _of_base(error, who)
+        reply.state, reply.note = "failed", error_words(error)
+        raise error from None
+    finally:
+        reply.text = reply.text.rstrip()
+        if reply.state in ("loading", "answering"):
+            reply.state = "done"
+    reply.note = _figures(pieces.told, time.monotonic() - begun, reply.text)
+
+
+def _of_base(error: LlmnbError, who: Speaker) -> LlmnbError:
+    """A base that is not there is named as what it is."""
+    gone = isinstance(error, ModelError) and str(who.spec.model_name_or_path) in error.what
+    if not gone:
+        return error
+    return ModelError(
+        f"The base model of {who.head if who.name != 'base' else 'this chat'} cannot be loaded: "
+        f"{who.spec.model_name_or_path}.",
+        seen=error.what,
+        todo=error.todo
+        if error.todo and "did you mean" in error.todo
+        else "put the model back where it was trained "
+        "from, or load it from where it is: LLM('name', 'FOLDER', adapter_id='EXPERIMENT/STEP')",
+    )
+
+
+def _figures(told: Mapping[str, Any], seconds: float, text: str) -> str:
+    parts = [] if text else ["nothing but white space"]
+    tokens, took = told.get("tokens"), told.get("seconds")
+    if tokens and took:
+        speed = tokens / took
+        parts.append(f"{number(speed) if speed >= 20 else f'{speed:.1f}'} tokens/s")
+        parts.append(f"{tokens} {'token' if tokens == 1 else 'tokens'}")
+    parts.append(f"{took or seconds:.1f} s")
+    if told.get("cut"):
+        parts.append(f"cut at {tokens} tokens")
+    parts += told.get("notes") or []
+    return " · ".join(parts)
+
+
+def error_words(error: LlmnbError) -> str:
+    """An error in a few sentences."""
+    faults = getattr(error, "faults", ())
+    if faults:
+        return "; ".join(str(fault) for fault in faults)
+    seen = f" ({' '.join(str(error.seen).split())[:200]})" if error.seen else ""
+    what = error.what.rstrip(".") + seen + "."
+    return f"{what} To do: {error.todo}." if error.todo else what
+
+
+# --- settings -------------------------------------------------------------------------------------------------
+
+
+_FIELDS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "max_new_tokens": (int, lambda v: v > 0, "a whole number from 1"),
+    "temperature": (float, lambda v: 0 <= v < 100, "a number from 0; 0 is greedy"),
+    "top_p": (float, lambda v: 0 < v <= 1, "a number above 0, up to 1"),
+    "seed": (int, lambda v: 0 <= v < 2**63, "a whole number from 0"),
+}
+
+
+def sampling_of(typed: Mapping[str, str]) -> dict[str, Any]:
+    """The typed settings as numbers; an empty field is not among them.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    found: dict[str, Any] = {}
+    faults = []
+    for name, (kind, fits, hint) in _FIELDS.items():
+        text = str(typed.get(name) or "").strip()
+        if not text:
+            continue
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):
+            faults.append(Fault(name, f"cannot be {text}", hint))
         else:
-            self._handle.update(bundle, raw=True)
+            found[name] = value
+    if faults:
+        raise ConfigError(faults)
+    return found
 
-    def plain(self) -> str:
-        """For a terminal and for the saved file's text."""
-        return "\n\n".join(f"[{head}] {note}\n{text}" for head, note, text in zip(self.heads, self.notes, self.texts))
 
-    def page(self) -> str:
-        """As HTML: every word of a model is escaped."""
-        dim = "color:var(--jp-content-font-color2,var(--vscode-descriptionForeground,#616161))"
-        line = "1px solid var(--jp-border-color2,var(--vscode-widget-border,#bdbdbd))"
-        font = "font-family:var(--jp-ui-font-family,var(--vscode-font-family,sans-serif))"
-        columns = []
-        for head, note, text in zip(self.heads, self.notes, self.texts):
-            said = "white-space:pre-wrap;overflow-wrap:anywhere;word-break:break-word;min-height:1.5em"
-            columns.append(
-                f'<div style="flex:1 1 260px;min-width:0;border-top:{line};padding:4px 0 2px" class="llmnb-answer">'
-                f'<div style="{dim}">{html.escape(head)}</div>'
-                f'<div class="llmnb-said" style="{said}">{html.escape(text)}</div>'
-                f'<div style="{dim};font-variant-numeric:tabular-nums" role="status">{html.escape(note)}</div></div>'
-            )
-        foot = f'<div style="{dim}">{html.escape(self.sampling)}</div>' if self.sampling else ""
-        return (
-            f'<div class="llmnb-words" style="{font}"><div style="display:flex;flex-wrap:wrap;gap:8px 28px">'
-            + "".join(columns)
-            + f"</div>{foot}</div>"
+def sampled(sampling: Mapping[str, Any]) -> bool:
+    """True when answers are drawn, not greedy."""
+    if "do_sample" in sampling:
+        return bool(sampling["do_sample"])
+    return any(sampling.get(n) for n in ("temperature", "top_p", "top_k", "min_p", "typical_p"))
+
+
+def sampling_words(sampling: Mapping[str, Any]) -> str:
+    """The settings in words: "greedy", or each of them."""
+    parts = [f"{name.replace('_', ' ')} {value}" for name, value in sampling.items()]
+    return " · ".join(parts if sampled(sampling) else ["greedy", *(p for p in parts if not p.startswith("seed"))])
+
+
+# --- as text and as HTML --------------------------------------------------------------------------------------
+
+
+def plain(chat: Conversation) -> str:
+    """For the saved file's text and for a terminal."""
+    blocks = []
+    for turn in chat.turns:
+        said = "\n\n".join(f"[{reply.head}] {reply.note}\n{reply.text}" for reply in turn.replies)
+        blocks.append(f"> {turn.prompt}\n\n{said}")
+    return "\n\n".join(blocks)
+
+
+def page(chat: Conversation) -> str:
+    """As HTML for the saved file: every word from outside is escaped."""
+    dim = "color:var(--jp-content-font-color2,var(--vscode-descriptionForeground,#616161))"
+    line = "1px solid var(--jp-border-color2,var(--vscode-widget-border,#bdbdbd))"
+    font = "font-family:var(--jp-ui-font-family,var(--vscode-font-family,sans-serif))"
+    said = "white-space:pre-wrap;overflow-wrap:anywhere;word-break:break-word;min-height:1.5em"
+    parts = []
+    for turn in chat.turns:
+        columns = "".join(
+            f'<div style="flex:1 1 260px;min-width:0;border-top:{line};padding:4px 0 2px" class="llmnb-answer">'
+            f'<div style="{dim}">{html.escape(reply.head)}</div>'
+            f'<div class="llmnb-said" style="{said}">{html.escape(reply.text)}</div>'
+            f'<div style="{dim};font-variant-numeric:tabular-nums" role="status">{html.escape(reply.note)}</div></div>'
+            for reply in turn.replies
         )
-
-    def stream(self, chats: Chats, columns: Sequence[Speaker], sampling: Mapping[str, Any]) -> None:
-        """Asks each column in turn and shows what comes. An interrupt of the kernel stops the answer."""
-        self.show(now=True)
-        for i, speaker in enumerate(columns):
-            start = time.monotonic()
-            self.notes[i] = "answering…" if len(chats) else "loading the model…"
-            self.show(now=True)
-            try:
-                for piece in chats.ask(speaker, self.prompt, sampling):
-                    self.notes[i] = "answering…"
-                    self.texts[i] = (self.texts[i] + piece).lstrip("\n")
-                    self.show()
-                self.texts[i] = self.texts[i].rstrip()
-                empty = "" if self.texts[i] else "nothing but white space, "
-                self.notes[i] = f"{empty}{time.monotonic() - start:.1f} s"
-            except KeyboardInterrupt:
-                chats.stop(speaker)
-                self.notes[i] = "stopped"
-                for rest in range(i + 1, len(columns)):
-                    self.notes[rest] = "not asked"
-                self.show(now=True)
-                return
-            except BaseException:
-                self.notes[i] = "failed"
-                self.show(now=True)
-                raise
-            self.show(now=True)
+        foot = f'<div style="{dim}">{html.escape(turn.sampling)}</div>' if turn.sampling else ""
+        parts.append(
+            f'<div style="{said};margin:8px 0 4px;font-weight:600">{html.escape(turn.prompt)}</div>'
+            f'<div style="display:flex;flex-wrap:wrap;gap:8px 28px">{columns}</div>{foot}'
+        )
+    return f'<div class="llmnb-words" style="{font}">{"".join(parts)}</div>'

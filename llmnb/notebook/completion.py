@@ -97,7 +97,7 @@ class Matcher:
         if option in ("checkpoint", "compare", "adapter_id"):
             return [*(["base"] if option == "compare" else []), *self._checkpoints(steps=True)]
         named = {"collection": self._collections, "model": self._bases, "model_name_or_path": self._bases}
-        named.update(identifier=self._models, key=lambda: self._columns(before))
+        named.update(save=self._collections, history=self._chats, keep=self._chats, identifier=self._models, key=lambda: self._columns(before))
         if option in named:
             return named[option]()
         if option == "state":
@@ -128,6 +128,10 @@ class Matcher:
 
     def _store(self) -> Any:
         return self._session.database().store if self._session.connected else None
+
+    def _chats(self) -> list[str]:
+        store = self._store()
+        return [record["_id"] for record in store.chats.list()] if store else []
 
     def _collections(self) -> list[str]:
         store = self._store()

@@ -314,36 +314,78 @@ class LlmMagics(Magics):
 
     @magic_arguments()
     @argument("--checkpoint", help="EXPERIMENT or EXPERIMENT/STEP; nothing: what the newest run's model answers with")
-    @argument("--compare", choices=("base",), help="base: the base model answers, too")
+    @argument("--compare", nargs="+", default=[], metavar="NAME", help="base, or other checkpoints, that answer, too")
     @argument("--form", choices=("text", "chat"), help="text or chat; nothing: as the model was trained")
+    @argument("--history", metavar="NAME", help="go on with a chat that was kept")
+    @argument("--keep", metavar="NAME", help="keep the chat in the database under this name")
+    @argument(
+        "--save", nargs="?", const="", metavar="COLLECTION", help="write the last chat, or --history NAME, as data"
+    )
     @argument("--close", action="store_true", help="end the chat processes and give their memory back")
     @_HELP
     @no_var_expand
     @line_cell_magic
     @_open
     @bordered
-    def llm_chat(self, known: Any, rest: list[str], cell: str | None) -> None:
-        """Asks a checkpoint; the cell's text is the prompt.
+    def llm_chat(self, known: Any, rest: list[str], cell: str | None) -> Any:
+        """Asks a checkpoint; the cell's text is the question, and below the answer one can go on asking.
 
         The answer comes from a process of its own, which stays warm for the next question. Any option of generate can
-        be given: --max_new_tokens 100, --do_sample, --temperature 0.7, …
+        be given: --max_new_tokens 100, --temperature 0.7, --seed 1, …
         """
         if known.close:
             self.session.close_chats()
-            return
-        if cell is None or not cell.strip():
+            return None
+        database = self.session.database()
+        if known.save is not None:
+            return self._save_chat(database, known)
+        if (cell is None and not self.session.in_notebook) or (cell is not None and not cell.strip()):
             raise ConfigError(
                 [Fault("%%llm_chat", "has no prompt", "write %%llm_chat alone in the first line, the prompt below")]
             )
+        self._chat(database, known, rest, (cell or "").strip())
+        return None
+
+    def _save_chat(self, database: Any, known: Any) -> None:
+        chat = database.chat(known.history) if known.history else self.session.last_chat
+        if chat is None:
+            raise ConfigError(
+                [Fault("--save", "finds no chat in this session", "ask first, or name one: --history NAME")]
+            )
+        print(database.save_chat(chat, known.save or None, speaker=known.checkpoint))
+
+    def _chat(self, database: Any, known: Any, rest: list[str], prompt: str) -> None:
         from .. import options
-        from .chat import Answers, speakers
+        from ..conversation import Conversation, Turn
+        from . import chat as chats
 
         every = frozenset({"bool", "int", "float", "str", "list", "dict", "None"})
         sampling = {
             name: True if text is None else options.parse("", text, every) for name, text in named(rest).items()
         }
-        columns = speakers(self.session.database(), known.checkpoint, known.compare, known.form)
-        Answers(cell.strip(), columns, sampling).stream(self.session.chats(), columns, sampling)
+        chat = database.chat(known.history) if known.history else Conversation()
+        if known.history and chat.turns and not (known.checkpoint or known.compare):
+            names = [reply.speaker for reply in chat.turns[-1].replies]
+        else:
+            names = chats.named(database, known.checkpoint, known.compare)
+        if known.keep:
+            database.keep_chat(chat, known.keep)
+        self.session.last_chat = chat
+        if self.session.in_notebook:
+            from .chatbox import ChatBox
+
+            box = ChatBox(self.session, database, names, chat=chat, sampling=sampling, form=known.form)
+            box.display()
+            if prompt:
+                box.ask(prompt)
+                box.wait()
+            return
+        chat.turns.append(Turn(prompt, sampling=chats.sampling_words(sampling)))
+        try:
+            chats.print_answers(database, self.session.chats(), chat, names, sampling, known.form)
+        finally:
+            if chat.name:
+                database.keep_chat(chat)
 
     # -- help ------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ class Session:
     Attributes:
         shell: the IPython shell.
         typed: what the training panel held last, for the next one; None before the first.
+        last_chat: the conversation that was asked last; None before the first.
     """
 
     def __init__(self, shell: Any) -> None:
@@ -38,6 +39,7 @@ class Session:
         self._previews: Any = None
         self.typed: dict[str, Any] | None = None
         self.pickers: weakref.WeakSet[Any] = weakref.WeakSet()  # those with a merge under way end it with us
+        self.last_chat: Any = None
 
     # -- the database ----------------------------------------------------------------------------------------
 
@@ -147,7 +149,6 @@ class Session:
         """Ends the chat processes and gives their memory back."""
         if self._chats is not None:
             self._chats.close()
-            self._chats = None
 
     def close(self) -> None:
         """Ends everything that runs for this shell here. Training goes on."""

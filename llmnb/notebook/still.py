@@ -39,7 +39,7 @@ def kept(inner: str) -> str:
 
     A view that lives hides this; without one, this hides the message that there is none.
     """
-    alive = ":has(.llmnb-live, .llmnb-panel, .llmnb-picker-box)"
+    alive = ":has(.llmnb-live, .llmnb-panel, .llmnb-picker-box, .llmnb-chat)"
     before = f".jp-OutputArea-child:has(+ .jp-OutputArea-child .llmnb-kept):not({alive})"
     return f'<style>{before} {{ display: none }}</style><div class="llmnb-kept">{inner}</div>'
 

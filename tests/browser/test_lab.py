@@ -377,7 +377,7 @@ def test_training_from_a_cell_is_seen_live(driver, tmp_path, mongo_uri, tiny_lla
             page.run(5)
             assert "150" in page.output(5).inner_text()
             page.run(6)
-            answers = page.output(6).locator(".llmnb-said")
+            answers = page.output(6).locator(".llmnb-chat-text")
             assert answers.count() == 2
             answers.last.scroll_into_view_if_needed()
             page.picture(tmp_path / "chat.png")

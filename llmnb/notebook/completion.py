@@ -97,7 +97,13 @@ class Matcher:
         if option in ("checkpoint", "compare", "adapter_id"):
             return [*(["base"] if option == "compare" else []), *self._checkpoints(steps=True)]
         named = {"collection": self._collections, "model": self._bases, "model_name_or_path": self._bases}
-        named.update(save=self._collections, history=self._chats, keep=self._chats, identifier=self._models, key=lambda: self._columns(before))
+        named.update(
+            save=self._collections,
+            history=self._chats,
+            keep=self._chats,
+            identifier=self._models,
+            key=lambda: self._columns(before),
+        )
         if option in named:
             return named[option]()
         if option == "state":

@@ -23,6 +23,7 @@ _HOMES = {
     "TextClassification": "pipelines",
     "connect": "db",
     "errors": "errors",
+    "plot": "notebook.plots",
 }
 
 __all__ = [*sorted(_HOMES), "load_ipython_extension", "unload_ipython_extension"]
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from .query import Document as Document
     from .trainer import LLMTrainer as LLMTrainer
     from .trainer import LLMTrainingConfiguration as LLMTrainingConfiguration
+
+    plot: Any  # of notebook.plots, which the rooms below do not import: run.plot() finds it here, by name (D21)
 
 
 def __getattr__(name: str) -> Any:

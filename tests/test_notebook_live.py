@@ -678,16 +678,24 @@ def test_stopping_ends_the_thread_and_closes_the_views():
 
 def test_plot_draws_the_same_curve():
     pytest.importorskip("plotly")
-    from llmnb.notebook.plots import plot
+    from llmnb.launch.run import Run
 
-    run = FakeRun()
+    run, other = FakeRun(), FakeRun(id="20261121-190000-000-tickets")
     run.losses(3.0, 2.0, 1.0)
-    run.say(Metric(step=3, values={"eval_loss": 1.5}), CheckpointSaved(step=3, digest="d", best=True))
-    figure = plot(run)
+    values = {"eval_loss": 1.5, "learning_rate": 1e-4, "grad_norm": 2.0}
+    run.say(Metric(step=3, values=values), CheckpointSaved(step=3, digest="d", best=True))
+    other._record.update(version=3)
+    other.losses(4.0, 3.0)
+    figure = Run.plot(run, compare=[other], smooth=0.0, log=True)
     traces = {trace.name: trace for trace in figure.data}
-    assert set(traces) == {"loss", "smoothed", "eval", "checkpoint"}
+    ours = {"loss", "smoothed", "eval", "checkpoint", "learning rate", "gradient norm"}
+    assert set(traces) == {*ours, "tickets v3"}
     assert list(traces["loss"].y) == [3.0, 2.0, 1.0] and list(traces["eval"].x) == [3]
+    assert list(traces["tickets v3"].y) == [4.0, 3.0] and figure.layout.yaxis.type == "log"
+    assert traces["gradient norm"].yaxis == "y3" and list(traces["checkpoint"].marker.symbol) == ["diamond"]
     assert "tickets v2" in figure.layout.title.text
+    with pytest.raises(ValueError, match="below 1"):
+        Run.plot(run, smooth=1.0)
 
 
 # --- what is vendored ------------------------------------------------------------------------------------------------

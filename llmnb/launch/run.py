@@ -6,6 +6,7 @@ The run itself lives elsewhere, in this process or in a job; a handle can be mad
 from __future__ import annotations
 
 import datetime as dt
+import importlib
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -145,6 +146,20 @@ class Run:
             jobs = self._jobs(record)
             text = jobs.logs(record["job"]) if jobs is not None else ""
         return "\n".join(text.splitlines()[-n:])
+
+    def plot(self, *, compare: Sequence[Run] = (), smooth: float = 0.6, log: bool = False) -> Any:
+        """A plotly figure: loss, evaluations, checkpoints, learning rate and gradient norm.
+
+        Args:
+            compare: other runs, whose smoothed losses are drawn over this one's.
+            smooth: the share of the past in the smoothed lines, 0 to below 1.
+            log: draws the losses on a logarithmic scale.
+
+        Raises:
+            MissingPackage: plotly is not installed.
+        """
+        # The package's public name: this room knows nothing that draws, and no worker calls this.
+        return importlib.import_module("llmnb").plot(self, compare=compare, smooth=smooth, log=log)
 
     # -- waiting ---------------------------------------------------------------------------------------------
 

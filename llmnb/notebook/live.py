@@ -62,10 +62,10 @@ class LiveView:
     Args:
         run: the handle.
         session: the shell's, for runs to compare with and to watch a resumed run again; None without.
-        saved: called on the poller's thread when a checkpoint was saved.
+        saved: called on the poller's thread when a checkpoint was saved; who gives it lists them, so the view does not.
     """
 
-    def __init__(self, run: Any, session: Any = None, saved: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, run: Any, session: Any = None, saved: Callable[[], None] | None = None) -> None:
         self._lock = threading.RLock()
         self._run, self._saved = run, saved
         self.widget = LiveChart(run=run.id)
@@ -126,7 +126,7 @@ class LiveView:
             ended = curve.ended and curve.seq != self._ended_seq
             if ended or (not curve.ended and time.monotonic() - self._kept_at > _KEEP_EVERY):
                 self._update_keepsake()
-        if more:
+        if more and self._saved is not None:
             self._saved()
 
     def close(self) -> None:
@@ -194,7 +194,7 @@ class LiveView:
             "alert": self._trouble or words.alert,
             "points": words.points,
             "total": self._curve.total,
-            "checkpoints": words.checkpoints[:4],
+            "checkpoints": () if self._saved is not None else words.checkpoints[:4],
             "marks": [(c.step, c.step == chosen) for c in self._curve.checkpoints],
             "reasons": reasons(self._curve, self._record, gone=self._trouble == GONE),
             "doing": self._steering.doing,

@@ -13,6 +13,7 @@ import ipywidgets
 from IPython.display import DisplayHandle, display
 
 from .live import LiveView
+from .picker import Picker
 
 __all__ = ["RunView"]
 
@@ -30,8 +31,10 @@ class RunView:
 
     def __init__(self, session: Any, run: Any, others: list[str] | None = None) -> None:
         self._session, self._run = session, run
-        self.live = LiveView(run, session, saved=self._saved)
-        self.widget = ipywidgets.VBox([self.live.widget], layout=ipywidgets.Layout(overflow="visible", width="100%"))
+        self.picker = Picker(session, session.database(), run.id)
+        self.live = LiveView(run, session, saved=self.picker.refresh)
+        parts = [self.live.widget, self.picker.widget]
+        self.widget = ipywidgets.VBox(parts, layout=ipywidgets.Layout(overflow="visible", width="100%"))
         self.widget.add_class("llmnb-run")
         if others:
             self.live.compare(others)
@@ -51,6 +54,3 @@ class RunView:
     def _watch(self, wait: float) -> None:
         find_lost = self._session.database().store.runs.find_lost
         self._session.poller().watch(self._run, self.live, find_lost, wait)
-
-    def _saved(self) -> None:
-        """On the poller's thread: a checkpoint was saved."""

@@ -373,6 +373,8 @@ def test_training_from_a_cell_is_seen_live(driver, tmp_path, mongo_uri, tiny_lla
             again.get_by_role("button", name="Resume").click()
             page.until("() => [...document.querySelectorAll('.llmnb-live')].at(-1).dataset.status === 'done'", 180)
             assert again.get_attribute("data-points") == "150"
+            rows = page.output(7).locator(".llmnb-picker-box")
+            assert "100" in rows.inner_text() and "150" in rows.inner_text(), "its checkpoints, under it"
             assert "all its steps are done" in again.locator(".llmnb-why").inner_text()
             page.run(5)
             assert "150" in page.output(5).inner_text()

@@ -280,7 +280,7 @@ class RatesChart extends Chart {
       series: [
         {},
         { scale: "rate", stroke: () => ink().accent, width: 2, points: { show: false } },
-        { scale: "norm", stroke: () => ink().dim, width: 1, points: { size: 4, fill: () => ink().dim, width: 0 } },
+        { scale: "norm", stroke: () => ink().dim, width: 1, points: { show: false } },
       ],
     };
   }

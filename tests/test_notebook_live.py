@@ -545,6 +545,8 @@ def test_a_still_is_escaped_and_draws_gaps():
 
 
 def test_a_still_of_nothing_has_words_and_no_picture():
+    small = still.bundle(series.fold(Curve(), [Metric(seq=1, step=1, values={"loss": 1.0})]), "t", 0, small=True)
+    assert set(small) == {"text/plain", "text/html"} and "<img" in small["text/html"]
     out = still.bundle(Curve(run="r", state="queued"), "tickets", 0)
     assert "image/svg+xml" not in out and "queued" in out["text/plain"]
     only = series.fold(Curve(), [Metric(seq=1, step=1, values={"loss": math.nan})])
@@ -642,6 +644,17 @@ def test_a_resumed_run_goes_on_in_the_views_that_it_had(watcher):
     run.losses(1.0)
     until(lambda: view.seen[-1][0] == 3)
     assert later.seen[-1][0] == 2
+
+
+def test_a_run_that_no_page_shows_is_looked_at_seldom(watcher):
+    run, view = FakeRun(), Recorder()
+    view.asleep = True
+    watcher.watch(run, view, list, wait=5)
+    before = run.looks
+    time.sleep(1.1)
+    assert run.looks - before <= 1
+    view.asleep = False
+    until(lambda: run.looks - before > 4)
 
 
 def test_a_view_that_fails_does_not_stop_the_others(watcher):

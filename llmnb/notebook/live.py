@@ -35,7 +35,7 @@ __all__ = ["CHOICES", "LiveChart", "LiveView", "buffers_of"]
 
 _STATIC = Path(__file__).parent / "static"
 _ROOM = 6000  # points in the page before it gets a fresh, smaller snapshot
-_KEEP_EVERY = 10.0  # seconds between two pictures for the saved file
+_KEEP_EVERY, _KEEP_SELDOM = 10.0, 60.0  # seconds between two pictures for the saved file, at first and in the end
 _RESEND_EVERY = 2.0  # seconds between snapshots while no page has said that it listens
 _DETAIL_EVERY = 1.0  # seconds between two details of a range that still grows
 _LOG_EVERY = 2.0  # seconds between two looks at an open log
@@ -78,6 +78,7 @@ class LiveView:
         self._in_page = 0
         self._heard_ready = self._asleep = False
         self._sent_at = self._kept_at = self._detail_at = 0.0
+        self._keep_every = _KEEP_EVERY
         self._average = Average()
         self._choices = dict(CHOICES)
         self._printing: threading.Thread | None = None
@@ -96,9 +97,14 @@ class LiveView:
     def keepsake(self) -> dict[str, str]:
         """What a saved notebook shows in place of the widget."""
         with self._lock:
-            out = still.bundle(self._curve, title_of(self._record), time.time())
+            out = still.bundle(self._curve, title_of(self._record), time.time(), small=not self._curve.ended)
             out["text/html"] = still.kept(out["text/html"])
             return out
+
+    @property
+    def asleep(self) -> bool:
+        """True while no page shows the view."""
+        return self._asleep
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -124,7 +130,8 @@ class LiveView:
             self._steering.saw(curve.state)
             self._send_news()
             ended = curve.ended and curve.seq != self._ended_seq
-            if ended or (not curve.ended and time.monotonic() - self._kept_at > _KEEP_EVERY):
+            if ended or (not curve.ended and time.monotonic() - self._kept_at > self._keep_every):
+                self._keep_every = min(_KEEP_SELDOM, self._keep_every * 1.5)
                 self._update_keepsake()
         if more and self._saved is not None:
             self._saved()

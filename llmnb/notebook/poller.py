@@ -21,6 +21,7 @@ from ..series import Columns, Curve
 __all__ = ["EVERY", "GONE", "Poller", "View", "read"]
 
 EVERY = 0.25  # seconds between two looks; a person sees no difference below, and a database feels none above
+UNSEEN = 2.0  # seconds between looks at a run that no page shows
 PATIENCE = 8.0  # seconds between looks while the database is away
 LOST_EVERY = 10.0  # seconds between two searches for runs without a sign of life
 GONE = "the run was removed from the database: nothing more will come"
@@ -173,6 +174,8 @@ class Poller:
             curve, record = read(watched.run, watched.curve)
             self._look_for_lost(watched, record)
             watched.rest = EVERY
+            if all(getattr(view, "asleep", False) for view in watched.views):
+                watched.rest_until = time.monotonic() + UNSEEN
         except NotFound:
             trouble, watched.gone = GONE, True
         except LlmnbError as error:

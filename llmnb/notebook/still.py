@@ -44,12 +44,16 @@ def kept(inner: str) -> str:
     return f'<style>{before} {{ display: none }}</style><div class="llmnb-kept">{inner}</div>'
 
 
-def bundle(curve: Curve, title: str, now: float) -> dict[str, str]:
-    """The MIME bundle of a still: ``text/plain``, ``text/html`` and, when something was logged, ``image/svg+xml``."""
+def bundle(curve: Curve, title: str, now: float, *, small: bool = False) -> dict[str, str]:
+    """The MIME bundle of a still: ``text/plain``, ``text/html`` and, when something was logged, ``image/svg+xml``.
+
+    ``small``: for a picture that the next one replaces: coarser, and without the second form of the image.
+    """
     words = status(curve, now)
-    out = {"text/plain": text(curve, title, words), "text/html": page(curve, title, words)}
-    if curve.points or len(curve["eval_loss"]):
-        out["image/svg+xml"] = svg(curve)
+    picture = svg(curve, 150 if small else 400) if curve.points or len(curve["eval_loss"]) else ""
+    out = {"text/plain": text(curve, title, words), "text/html": page(curve, title, words, picture)}
+    if picture and not small:
+        out["image/svg+xml"] = picture
     return out
 
 
@@ -73,8 +77,8 @@ def _facts(words: Status) -> str:
     return "   ".join(f"{label} {value}".strip() for label, value in words.facts)
 
 
-def page(curve: Curve, title: str, words: Status) -> str:
-    """The same as HTML. Everything that came from outside is escaped."""
+def page(curve: Curve, title: str, words: Status, picture: str) -> str:
+    """The same as HTML, with the picture. Everything that came from outside is escaped."""
     esc = html.escape
     font = "font-family:var(--jp-ui-font-family,var(--vscode-font-family,sans-serif));font-variant-numeric:tabular-nums"
     parts = [
@@ -84,9 +88,9 @@ def page(curve: Curve, title: str, words: Status) -> str:
     ]
     if words.alert:
         parts.append(f'<div role="alert" style="color:var(--jp-error-color1,#d32f2f)">{esc(words.alert)}</div>')
-    if curve.points or len(curve["eval_loss"]):
+    if picture:
         parts.append(_keys(curve))
-        data = base64.b64encode(svg(curve).encode()).decode()
+        data = base64.b64encode(picture.encode()).decode()
         alt = f"training loss by step: {_facts(words)}"
         parts.append(
             f'<img alt="{esc(alt)}" src="data:image/svg+xml;base64,{data}" '
@@ -111,9 +115,9 @@ def _keys(curve: Curve) -> str:
     return f'<div style="opacity:.75">{" &nbsp; ".join(words)}</div>'
 
 
-def svg(curve: Curve) -> str:
+def svg(curve: Curve, buckets: int = 400) -> str:
     """The chart: loss faint, smoothed loss strong, evaluations as points, checkpoints on the axis."""
-    drawn = picture(curve, buckets=400)
+    drawn = picture(curve, buckets=buckets)
     high_x = max([1.0, *drawn.steps[-1:], *drawn.evaluated.steps[-1:]])
     low, high = _range(drawn)
 

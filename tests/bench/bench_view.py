@@ -243,7 +243,11 @@ def main() -> int:
                 line(f"{known.points} points drawn, never read before, s", f"{took[1]:.2f}, {took[2]:.2f}", "< 1")
                 line(f"{known.points} points drawn once more, s", f"{took[3]:.2f}")
                 clear(page)
+                for one in (small, first):  # one run is watched from here on
+                    db.store.runs.transition(one, "running", "done")
+                page.page.wait_for_timeout(5000)
                 page.run(6)
+                page.page.wait_for_timeout(3000)
                 live(page, uri, run, known.points, known.seconds)
                 clear(page)
                 lateness(page, db, base)

@@ -78,7 +78,7 @@ class LiveView:
         self._in_page = 0
         self._heard_ready = self._asleep = False
         self._sent_at = self._kept_at = self._detail_at = 0.0
-        self._keep_every = _KEEP_EVERY
+        self._began = time.monotonic()
         self._average = Average()
         self._choices = dict(CHOICES)
         self._printing: threading.Thread | None = None
@@ -130,8 +130,9 @@ class LiveView:
             self._steering.saw(curve.state)
             self._send_news()
             ended = curve.ended and curve.seq != self._ended_seq
-            if ended or (not curve.ended and time.monotonic() - self._kept_at > self._keep_every):
-                self._keep_every = min(_KEEP_SELDOM, self._keep_every * 1.5)
+            now = time.monotonic()
+            seldom = min(_KEEP_SELDOM, max(_KEEP_EVERY, (now - self._began) / 10))
+            if ended or (not curve.ended and now - self._kept_at > seldom):
                 self._update_keepsake()
         if more and self._saved is not None:
             self._saved()

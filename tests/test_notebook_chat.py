@@ -400,6 +400,21 @@ def test_choosing(make):
     assert page.turns[0]["replies"][0]["state"] == "failed"
 
 
+def test_a_run_by_its_id_answers_with_its_best_step_once_it_has_one(db, make, processes, tmp_path):
+    page = make(speakers=["later"]).says("ready").settle()
+    assert page.state["chosen"] == ["later"] and not page.state["empty"]
+    page.box.choose([newest_run(db)])
+    page.settle()
+    assert page.state["chosen"] == [f"{newest_run(db)}/40"] and page.heard[-1]["kind"] in ("state", "focus")
+    for experiment in db.show("checkpoint"):
+        for step in db.show("checkpoint", experiment):
+            db.store.checkpoints._table.delete({"experiment": experiment, "step": step})
+    page.box.refresh()
+    assert page.settle().state["empty"]
+    page.says("ask", text="anyone?").settle()
+    assert page.turns[0]["replies"][0]["state"] == "failed"
+
+
 def test_the_still_is_escaped():
     reply = Reply("base", "<i>base</i>", EVIL, "1 s", "done")
     talk = Conversation([Turn("<u>hi</u>", [reply], "greedy")])

@@ -39,6 +39,7 @@ __all__ = [
     "sampled",
     "sampling_of",
     "sampling_words",
+    "settled",
     "speaker",
 ]
 
@@ -179,6 +180,15 @@ def choices(database: Any) -> list[tuple[str, str, str]]:
             words = f" ({', '.join(facts)})" if facts else ""
             found.append((f"{experiment}/{saved.step}", f"{model} step {saved.step}{words}", run))
     return found
+
+
+def settled(name: str, known: Sequence[tuple[str, str, str]]) -> str:
+    """A name that can be asked: of an experiment alone its best step, else its last; while it has none, as it is."""
+    if name == "base" or "/" in name:
+        return name
+    steps = [(other, words) for other, words, _ in known if other.rpartition("/")[0] == name]
+    best = [other for other, words in steps if "(best" in words]
+    return (best or [other for other, _ in steps] or [name])[0]
 
 
 # --- the processes --------------------------------------------------------------------------------------------

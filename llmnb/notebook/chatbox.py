@@ -48,7 +48,8 @@ class ChatBox:
     Args:
         session: the shell's; it holds the chat processes, and the last conversation.
         database: the connected ``Datalayer``.
-        speakers: who answers, "base" or "EXPERIMENT/STEP", up to four; None: what the newest run's model answers with.
+        speakers: who answers, "base", "EXPERIMENT/STEP", or "EXPERIMENT" for its best step, else its last, also when it
+            has none yet; up to four. None: what the newest run's model answers with.
         chat: a conversation to go on with.
         sampling: options of ``generate``; those without a field of their own go along as they are.
         form: "text" or "chat"; None: as each model was trained.
@@ -84,7 +85,7 @@ class ChatBox:
         self._answer: Any = None
         self._done = threading.Event()
         self._done.set()
-        self._listens = False
+        self._listens = self._looked = False
         self._todo: list[Callable[[], None]] = []
         self._worker: threading.Thread | None = None
         self._kept: DisplayHandle | None = None
@@ -163,13 +164,21 @@ class ChatBox:
             self._all()
 
     def choose(self, speakers: Sequence[str]) -> None:
-        """Sets who answers from the next question on: "base" or "EXPERIMENT/STEP", one to four of them."""
+        """Sets who answers from the next question on, and puts the cursor there: one to four names, as at the start."""
+        self._choose(speakers)
+        self.widget.send({"kind": "focus"})
+
+    def _choose(self, speakers: Sequence[str]) -> None:
         names = list(dict.fromkeys(map(str, speakers)))
         if not 1 <= len(names) <= chats.MOST:
             raise ConfigError([Fault("speakers", f"are {len(names)}", f"choose 1 to {chats.MOST}")])
         with self._lock:
             self._chosen, self._trouble = names, ""
             self._state()
+        self._do(self._look)
+
+    def refresh(self) -> None:
+        """Looks again at who can be asked; called when a checkpoint was saved."""
         self._do(self._look)
 
     def save(self, collection: str | None = None, speaker: str | None = None) -> Saved:
@@ -243,7 +252,7 @@ class ChatBox:
         elif kind == "new":
             self._at_once(self.new)
         elif kind == "choose":
-            self._at_once(lambda: self.choose(list(message.get("names") or ())))
+            self._at_once(lambda: self._choose(list(message.get("names") or ())))
         elif kind == "look":
             self._do(self._look)
         elif kind == "save":
@@ -299,6 +308,7 @@ class ChatBox:
             "collection": self.chat.form.collection,
             "collections": self._collections,
             "speakers": answered,
+            "empty": self._looked and len(self._choices) < 2 and not self.chat.turns,
             "memory": len(self._session.chats()) > 0,
         }
 
@@ -346,15 +356,17 @@ class ChatBox:
         with self._lock:
             if not self._chosen and len(choices) > 1:
                 self._chosen = [chats.newest(self._database)]
+            self._chosen = list(dict.fromkeys(chats.settled(name, choices) for name in self._chosen))
             self._choices, self._collections, self._kept_names = choices, collections, kept
-            chosen = list(self._chosen)
-        if chosen:
-            found = chats.newest(self._database) if chosen == ["base"] else next(n for n in chosen if n != "base")
+            chosen = [name for name in self._chosen if name in {n for n, *_ in choices}]
+        if chosen and len(choices) > 1:
+            found = next((name for name in chosen if name != "base"), None) or chats.newest(self._database)
             _, form = self._database.trained_as(self._database.store.checkpoints.get(found))
             self._alone = (form.kind != "messages") if self._form is None else self._form == "text"
             with self._lock:
                 if not self.chat.turns:
                     self.chat.form = form
+        self._looked = True
         self._state()
 
     def _answers(self, turn: Turn, sampling: dict[str, Any]) -> None:

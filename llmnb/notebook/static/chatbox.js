@@ -49,8 +49,11 @@ class View {
   build() {
     this.who = element("div", "llmnb-line llmnb-who");
     this.add = button("Compare with another", () => this.compare());
+    this.nobody = element("span", "llmnb-dim", { hidden: "" }, "a checkpoint can be asked once there is one");
     this.log = element("div", "llmnb-log", { role: "log", "aria-label": "Conversation", tabindex: "0" });
-    this.root.append(element("div", "llmnb-line", {}, element("span", "llmnb-title", {}, "Chat"), this.who, this.add), this.log, this.asking(), this.settings(), this.actions());
+    this.root.append(element("div", "llmnb-line", {}, element("span", "llmnb-title", {}, "Chat"), this.nobody, this.who, this.add), this.log);
+    this.rest = [this.asking(), this.settings(), this.actions()];
+    this.root.append(...this.rest);
   }
 
   asking() {
@@ -230,6 +233,8 @@ class View {
   draw() {
     const { shared } = this;
     this.root.dataset.phase = shared.phase;
+    this.nobody.hidden = !shared.empty;
+    for (const node of [this.who, this.add, ...this.rest]) node.hidden = Boolean(shared.empty) || !shared.heard;
     if (!shared.heard) return;
     this.drawWho();
     this.drawTurns();
@@ -362,7 +367,8 @@ export default () => {
     else if (kind === "state") {
       if (content.trouble || content.phase === "idle") shared.asked = "";
       Object.assign(shared, content);
-    } else if (kind === "reply" && shared.turns[content.turn]) shared.turns[content.turn].replies[content.column] = content.reply;
+    } else if (kind === "focus") shared.views.forEach((view) => view.prompt.focus());
+    else if (kind === "reply" && shared.turns[content.turn]) shared.turns[content.turn].replies[content.column] = content.reply;
     shared.draw();
   };
   return {

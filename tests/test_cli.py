@@ -486,7 +486,20 @@ def test_chat_asks_once_or_line_by_line(trained, capsys, monkeypatch):
     run = db.show("checkpoint")[-1]
     assert main(["chat", "7+1=", "--checkpoint", f"{run}/4", "--max_new_tokens", "5", "--base", *where]) == 0
     both = capsys.readouterr()
-    assert both.out.startswith("base:\n") and "\ntrained:\n" in both.out and f"{run}/4 on " in both.err
+    assert both.out.startswith("base:\n") and f"\n{run}/4:\n" in both.out and f"{run}/4 on " in both.err
+    drawn = ["--temperature", "0.5", "--min_new_tokens", "5", "--max_new_tokens", "9"]
+    three = ["--compare", "base", f"{run}/2", *drawn, "--keep", "sum", "--save", "more", *where]
+    assert main(["chat", "7+1=", "--checkpoint", f"{run}/4", *three]) == 0
+    said = capsys.readouterr()
+    assert [line for line in said.out.splitlines() if line.endswith(":")] == ["base:", f"{run}/4:", f"{run}/2:"]
+    assert "seed " in said.err and "1 document into more; its fold is " in said.err
+    assert db.execute(Collection("more").find_one())["q"] == "7+1="
+    assert main(["chat", "9+1=", "--history", "sum", "--max_new_tokens", "2", *where]) == 0
+    assert [(c["name"], c["turns"]) for c in db.chats()] == [("sum", 2)]
+    assert main(["chat", "x", "--keep", "sum", *where]) == 1
+    assert "Another conversation is kept as 'sum'" in capsys.readouterr().err
+    assert main(["chat", " ", *where]) == 1
+    assert "is empty" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", io.StringIO("7+1=\n8+1=\n\nnever read\n"))
     assert main(["chat", "--model", "sums", "--max_new_tokens", "5", *where]) == 0
     assert capsys.readouterr().out.startswith(expected + "\n")

@@ -168,6 +168,10 @@ def _chat(commands: Any) -> None:
     which.add_argument("--checkpoint", metavar="EXPERIMENT[/STEP]", help="a checkpoint; default: the newest run's")
     which.add_argument("--model", metavar="NAME", help="a model of the database, a hub id or a folder")
     made.add_argument("--base", action="store_true", help="let the base answer, too, before")
+    made.add_argument("--compare", nargs="+", default=[], metavar="NAME", help="base, or other checkpoints, too")
+    made.add_argument("--history", metavar="NAME", help="go on with a chat that was kept")
+    made.add_argument("--keep", metavar="NAME", help="keep the chat in the database under this name")
+    made.add_argument("--save", nargs="?", const="", metavar="COLLECTION", help="write the chat as training data, too")
     made.add_argument("--form", choices=("text", "chat"), help="default: as the model was trained")
     _where(made)
 

@@ -282,6 +282,30 @@ def test_without_a_chat_the_line_is_shown():
     assert picker_data.asked(["a/1", "b/2"])["lines"][0][1] == "%%llm_chat --checkpoint a/1 --compare b/2"
 
 
+def test_a_chat_comes_below_the_picker_and_is_kept(session, db, page, three, monkeypatch):
+    import ipywidgets
+
+    import llmnb.notebook.chatbox as chatbox
+
+    made = []
+
+    class Box:
+        def __init__(self, session, database, names):
+            self.widget, self.chosen = ipywidgets.VBox(), [names]
+            made.append(self)
+
+        def choose(self, names):
+            self.chosen.append(names)
+
+    monkeypatch.setattr(chatbox, "ChatBox", Box)
+    view = picker.PickerView(session, db)
+    for names in ([three[1]], ["base", three[2]]):
+        hears(view.picker, "chat", names=names)
+        settled(view.picker)
+    (box,) = made
+    assert box.chosen == [[three[1]], ["base", three[2]]] and view.widget.children[1] is box.widget
+
+
 def test_unloading_ends_a_merge(session, db, page, three, monkeypatch):
     stopped = threading.Event()
     monkeypatch.setattr(MergeProcess, "stop", lambda self: stopped.set())

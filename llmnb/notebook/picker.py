@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import anywidget
+import ipywidgets
 from IPython.display import DisplayHandle, display
 
 from ..errors import LlmnbError
 from . import picker_data, still
 
-__all__ = ["Picker", "PickerTable"]
+__all__ = ["Picker", "PickerTable", "PickerView"]
 
 _STATIC = Path(__file__).parent / "static"
 
@@ -72,9 +73,13 @@ class Picker:
         self._kept: DisplayHandle | None = None
         session.pickers.add(self)
 
-    def display(self) -> None:
-        """Puts the picker into the cell's output. Must be called on the thread that runs the cell."""
-        display(self.widget)
+    def display(self, around: Any = None) -> None:
+        """Puts the picker into the cell's output. Must be called on the thread that runs the cell.
+
+        Args:
+            around: a widget that holds the picker's, to be shown in its place.
+        """
+        display(self.widget if around is None else around)
         self._kept = display(self._keepsake(), raw=True, display_id=True)
         self.refresh()
 
@@ -232,6 +237,37 @@ class Picker:
             checkpoint = self._database.named(name)
             self._database.remove("checkpoint", checkpoint.experiment, checkpoint.step)
         return {"head": f"Removed {', '.join(names)}.", "lines": []}
+
+
+class PickerView:
+    """A picker of its own, with a chat below it from the moment that somebody is asked.
+
+    Args:
+        session: the shell's.
+        database: the connected ``Datalayer``.
+        experiment: whose checkpoints; None: all.
+    """
+
+    def __init__(self, session: Any, database: Any, experiment: str | None = None) -> None:
+        self._session, self._database = session, database
+        self.picker = Picker(session, database, experiment, self._ask)
+        layout = ipywidgets.Layout(overflow="visible", width="100%")
+        self.widget = ipywidgets.VBox([self.picker.widget], layout=layout)
+        self._chat: Any = None
+
+    def display(self) -> None:
+        """Puts it into the cell's output. Must be called on the thread that runs the cell."""
+        self.picker.display(self.widget)
+
+    def _ask(self, names: list[str]) -> None:
+        """On the picker's thread."""
+        if self._chat is not None:
+            self._chat.choose(names)
+            return
+        from .chatbox import ChatBox
+
+        self._chat = ChatBox(self._session, self._database, names)
+        self.widget.children = (self.picker.widget, self._chat.widget)
 
 
 def _folder_of(text: str) -> str:

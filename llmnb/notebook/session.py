@@ -98,9 +98,9 @@ class Session:
 
     def pick(self, experiment: str | None = None) -> None:
         """Shows the checkpoint picker in the cell that runs."""
-        from .picker import Picker
+        from .picker import PickerView
 
-        Picker(self, self.database(), experiment).display()
+        PickerView(self, self.database(), experiment).display()
 
     def previews(self) -> Any:
         """The process that makes rows for the training panel to show."""

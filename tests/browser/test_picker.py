@@ -20,6 +20,10 @@ if CHROMIUM is None:
 CELLS = ["%load_ext llmnb", "c = %llm_connect", "%llm_checkpoints", "import sys; print('torch' in sys.modules)"]
 ROWS = "(n) => +(document.querySelector('.llmnb-picker-box')?.dataset.rows || 0) === n"
 RESULT = "(t) => document.querySelector('.llmnb-picker-result')?.textContent.includes(t)"
+ANSWERING = """(names) => {
+    const chosen = [...document.querySelectorAll('.llmnb-who select')].map((e) => e.value);
+    return JSON.stringify(chosen) === JSON.stringify(names);
+}"""
 FAULT = "(t) => [...document.querySelectorAll('.llmnb-picker-box .llmnb-alert')].some((e) => e.textContent.includes(t))"
 
 
@@ -170,11 +174,22 @@ def test_checkpoints_are_listed_merged_exported_and_removed_with_the_keyboard(dr
         page.until(ROWS, 30, 4)
         assert [c.step for c in db.checkpoints(lora)] == [2, 4, 6]
 
-        # more than one, or one and the base, are compared
+        # one and the base, or more than one, are compared in a chat below
         box.locator(f'tr[data-name="{lora}/2"]').click()
-        assert box.get_by_role("button", name="Compare with base").count() == 1
+        box.get_by_role("button", name="Compare with base").click()
+        page.until("() => document.activeElement?.closest('.llmnb-chat')", 30)
+        assert focused(page) == "Question", "the person goes on there"
+        chat = page.output(2).locator(".llmnb-chat")
+        page.until(ANSWERING, 20, ["base", f"{lora}/2"])
+        keys.type("what is your name?")
+        keys.press("Enter")
+        page.until("() => document.querySelectorAll('.llmnb-chat .llmnb-reply-note').length === 2", 60)
+        page.until("() => document.querySelector('.llmnb-chat').dataset.phase === 'idle'", 180)
+        assert chat.locator(".llmnb-chat-text").count() == 2
         box.locator(f'tr[data-name="{lora}/4"]').click()
-        assert box.get_by_role("button", name="Compare 2").get_attribute("aria-disabled") == "false"
+        box.get_by_role("button", name="Compare 2").click()
+        page.until(ANSWERING, 30, [f"{lora}/2", f"{lora}/4"])
+        page.picture(tmp_path / "chat.png")
         page.set_theme("JupyterLab Dark")
         page.page.wait_for_timeout(800)
         page.picture(tmp_path / "dark.png")

@@ -40,7 +40,7 @@ const HELP = {
 
 class View {
   constructor(el, model, shared) {
-    Object.assign(this, { el, model, shared, rows: new Map(), form: "", sure: false, at: "" });
+    Object.assign(this, { el, model, shared, rows: new Map(), form: "", sure: false, asking: false, at: "" });
     this.root = element("div", "llmnb-picker-box", { role: "group", "aria-label": "Checkpoints" });
     this.build();
     this.el.append(this.root);
@@ -242,6 +242,15 @@ class View {
     if (action === "remove") return this.act({ kind: "remove", names }, "Removing …");
     const asked = action === "compare" && names.length === 1 ? ["base", ...names] : names;
     this.act({ kind: "chat", names: asked }, "Opening the chat …");
+    this.asking = true;
+  }
+
+  // The person goes on in the chat, wherever it stands in the same output.
+  goOn(tries = 30) {
+    const prompt = this.root.closest(".jp-OutputArea, .cell-output, body").querySelector(".llmnb-chat textarea");
+    if (!prompt) return void (tries && setTimeout(() => this.goOn(tries - 1), 100));
+    prompt.scrollIntoView({ block: "nearest" });
+    prompt.focus({ preventScroll: true });
   }
 
   act(message, words) {
@@ -368,6 +377,10 @@ class View {
     } else {
       say(this.stop, "Stop merging");
       this.stop.removeAttribute("aria-disabled");
+    }
+    if (this.asking && !busy) {
+      this.asking = false;
+      if (!result) this.goOn();
     }
     say(this.fault, (result && result.fault) || "");
     this.result.hidden = !result || Boolean(result.fault);

@@ -169,9 +169,10 @@ class View {
     return (list.rows || []).filter((row) => !filter || row.experiment === filter);
   }
 
+  // In the order in which they were selected.
   chosen() {
-    const names = new Set(this.shared.chosen);
-    return (this.shared.list.rows || []).filter((row) => names.has(row.name));
+    const rows = new Map((this.shared.list.rows || []).map((row) => [row.name, row]));
+    return this.shared.chosen.filter((name) => rows.has(name)).map((name) => rows.get(name));
   }
 
   toggle(name, on) {

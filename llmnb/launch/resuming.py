@@ -231,6 +231,7 @@ def _transform_faults(config: TrainConfig, given: Given) -> list[Fault]:
 
 
 def spec_of(store: Store, record: Mapping[str, Any]) -> ModelSpec:
+    """The model that a run fills. Raises RunError when it was removed."""
     try:
         return ModelSpec.from_json(store.models.get(record["model"], record["version"])["spec"])
     except NotFound as error:

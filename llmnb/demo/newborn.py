@@ -61,11 +61,8 @@ def base_model(
         DataError: this Python's library has no documentation, or the process apart ended early.
         MissingPackage: torch or transformers is not installed.
     """
-    recipe = {**RECIPE, "steps": steps or RECIPE["steps"]}
-    texts = passages()
-    key = hashlib.sha256(json.dumps([recipe, texts]).encode()).hexdigest()[:16]
-    cache = Path(home or environment.read().home).expanduser().absolute() / "cache" / "demo"
-    folder = cache / f"stdlib-llama-{key}"
+    folder, recipe, texts = _planned(home, steps)
+    cache = folder.parent
     if (folder / "config.json").is_file():
         return folder
     if apart:
@@ -83,6 +80,15 @@ def base_model(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def _planned(home: str | Path | None, steps: int | None) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
+    """The folder that the base has, or will have; how it is made, and of which texts."""
+    recipe = {**RECIPE, "steps": steps or RECIPE["steps"]}
+    texts = passages()
+    key = hashlib.sha256(json.dumps([recipe, texts]).encode()).hexdigest()[:16]
+    cache = Path(home or environment.read().home).expanduser().absolute() / "cache" / "demo"
+    return cache / f"stdlib-llama-{key}", recipe, texts
 
 
 def _made_apart(home: Path, folder: Path, steps: int | None) -> Path:

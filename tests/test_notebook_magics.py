@@ -194,7 +194,7 @@ def test_the_same_error_from_python_keeps_its_traceback(shell):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("%llm_runs --limt 3", "did you mean --limit?"),
+        ("%llm_runs --limt 3", "1 setting is wrong:\n  - --limt: is not understood — did you mean --limit?"),
         ("%llm_runs --limit many", "--limit"),
         ("%llm_stop", "required"),
         ("%llm_train --key 'text", "close the quote"),
@@ -243,6 +243,7 @@ def test_help_says_first_what_to_type_first(shell):
     lines = said[said.index("first:") :].splitlines()
     typed = [line[7:].split("  ")[0].strip() for line in lines[:3]]
     assert typed == ["db = %llm_connect", "%llm_data", "%llm_train --model M --collection C --start"]
+    assert "[RUN] [OTHERS …]" in said, "what may be left out, or given several times"
     assert len(lines) < 25 and max(map(len, lines)) < 170, "one screen"
     shell.kernel = object()  # as in a notebook, where the panel can be shown
     try:

@@ -159,7 +159,7 @@ def checkpoints(pages):
     pages.curves("run = ", "done", 90)
     (listed,) = pages.html("%llm_checkpoints")
     assert all(f">{step}<" in listed for step in (30, 60, 90)) and "best" in listed
-    assert pages.chats() == [2, 1, 1]
+    assert pages.chats() == [3, 1]
     assert pages.text("report.max") == "(True, True)" and "perplexity" in pages.text("import shutil")
     assert "(60, 'adapter', " in pages.text("db.load")
     assert "[60, 90]" in pages.text("db.show")
@@ -208,6 +208,7 @@ def assert_fit_to_be_kept(book):
             assert output.output_type != "error" and output.get("name") != "stderr", f"{said}: {output}"
             assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), said
             text = str(output)
+            assert not re.search(r" object at 0x[0-9a-f]+>", text), f"{said}: something without words"
             assert not re.search(r"mongodb(\+srv)?://[\w.]", text), f"{said}: an address"
             assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users|var|usr|opt)/", text), f"{said}: a path"
             assert not re.search(r"\b(pid|process) \d+", text), f"{said}: a process id"

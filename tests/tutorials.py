@@ -87,15 +87,16 @@ def tidied(book: Any, folder: Path) -> Any:
 
 
 def _without_widget(output: Any) -> Any:
-    """None for what says nothing without a kernel."""
+    """None for a widget: it lives in a kernel only, and the picture of it that is kept comes after it."""
     data = output.get("data")
     if data is None:
         return output
-    data.pop(_WIDGET, None)
+    if _WIDGET in data or data.get("text/html") == "":
+        return None
     output.metadata = {}
-    said = [value for name, value in data.items() if value]
-    alone = set(data) == {"text/plain"} and re.match(r"(RunView|LiveChart|Panel|VBox)\(", data["text/plain"])
-    return None if alone or not said else output
+    if "text/html" in data:  # a rule that hides the widget before it, which is not there any more
+        data["text/html"] = re.sub(r"<style>.*?</style>", "", data["text/html"], flags=re.DOTALL)
+    return output
 
 
 def _scrubbed(output: Any, folder: Path) -> Any:

@@ -112,7 +112,9 @@ def option_names(parser: Any) -> list[str]:
 def _unread(words: Sequence[str], known: Iterable[str]) -> list[Fault]:
     known = [*known, "--help"]
     faults = []
-    for word in words:
+    for before, word in zip(["", *words], words):
+        if before.startswith("--") and "=" not in before and not word.startswith("-"):
+            continue  # the value of the option that is told already
         close = near(word.split("=")[0], known)
         hint = "did you mean " + " or ".join(close) + "?" if close else "--help shows what is possible"
         faults.append(Fault(word, "is not understood", hint))

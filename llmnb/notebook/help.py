@@ -102,7 +102,7 @@ def usage_of(name: str, magic: Any) -> str:
 def _one(action: Any) -> str:
     if not action.option_strings:
         word = str(action.metavar or action.dest).upper()
-        return f"[{word}]" if action.nargs == "?" else word
+        return {"?": f"[{word}]", "*": f"[{word} …]"}.get(str(action.nargs), word)
     value = ""
     if action.nargs != 0:
         some = "|".join(map(str, action.choices)) if action.choices else ""

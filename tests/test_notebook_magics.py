@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -548,3 +549,43 @@ def test_start_hands_the_model_to_the_database_and_returns_the_run(ready, db, mo
     assert ready.user_ns["run"].id == first
     llm, wait = handed[0]
     assert wait is False and llm.identifier == "tiny" and llm.trainer.learning_rate == 2e-4 and llm.trainer.lora_r == 16
+
+
+# --- in a terminal ------------------------------------------------------------------------------------------
+
+
+def test_everything_has_words_in_a_real_terminal(tmp_path):
+    """IPython itself, typed into: help, panel, run view, checkpoints, errors, unloading."""
+    typed = [
+        "%load_ext llmnb",
+        "db = %llm_connect mongomock://terminal",
+        "%llm_help",
+        "from llmnb import Collection",
+        "n = db.execute(Collection('docs').insert_many([{'text': 'a'}]))",
+        "%llm_train",
+        "record = db.store.runs.create('tickets', model='tickets', version=1, config={})",
+        "%llm_watch",
+        "%llm_runs",
+        "%llm_checkpoints",
+        "%llm_watch nope",
+        "%unload_ext llmnb",
+        "%llm_help",
+        "exit",
+    ]
+    line = [sys.executable, "-m", "IPython", "--simple-prompt", "--colors=NoColor", "--no-banner"]
+    env = {**os.environ, "IPYTHONDIR": str(tmp_path), "TERM": "dumb"}
+    done = subprocess.run(
+        line, input="\n".join(typed) + "\n", env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    said = done.stdout + done.stderr
+    for words in (
+        "first: db = %llm_connect",
+        "%llm_train --model facebook/opt-350m --collection docs --start",
+        "tickets v1",
+        "There are no checkpoints yet.",
+        "no run 'nope'",
+        "use %tb",
+        "Line magic function `%llm_help` not found",
+    ):
+        assert words in said, f"{words!r} is not in:\n{said}"
+    assert "object at 0x" not in said and "Traceback" not in said, said

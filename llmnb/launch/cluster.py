@@ -229,7 +229,7 @@ def _start(home: Path) -> Cluster:
     log = home / "ray-start.log"
     temp = _temp_dir(mark)
     seen = ""
-    for _ in range(3):  # a port that was free may be taken a moment later
+    for _ in range(6):  # a port that was free may be taken a moment later; a busy machine needs more than Ray's 30 s
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir(mode=0o700)
         agent, client = _free_ports(2)

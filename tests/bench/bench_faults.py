@@ -95,6 +95,7 @@ class Bench:
         self.db.execute(Collection("rows").insert_many(rows))
         self.losses: dict[Plan, dict[int, float]] = {}
         self.seconds: dict[Plan, float] = {}
+        self.recorded_after = 0.0  # seconds that a process takes from its start to a run's record
 
     def close(self) -> None:
         """Ends everything that was started."""
@@ -268,14 +269,23 @@ def _signal(pid: int | None, number: int) -> None:
 
 def kernel(bench: Bench, number: int) -> Run | None:
     """The process that applied the run is killed: before, while or after it is handed over."""
+    if not bench.recorded_after:
+        begin = time.monotonic()
+        with _kernel(bench, f"m{bench.random.getrandbits(40):x}") as process:
+            process.stdout.readline()  # type: ignore[union-attr]
+            bench.recorded_after = time.monotonic() - begin
+            process.kill()
     name = f"m{bench.random.getrandbits(40):x}"
-    words = [str(bench.home), bench.base, str(bench.out), name, "1", str(STEPS), str(SAVE_STEPS)]
-    process = subprocess.Popen([sys.executable, "-c", KERNEL, *words], stdout=subprocess.DEVNULL)
-    time.sleep(bench.random.uniform(0.3, 2.5))
-    process.send_signal(number)
-    process.wait()
+    with _kernel(bench, name) as process:
+        time.sleep(bench.random.uniform(0.3, 2.0) * bench.recorded_after)
+        process.send_signal(number)
     found = bench.db.store.runs.list(model=name)
     return Run(bench.db.store, found[0]["_id"]) if found else None  # killed before anything was recorded
+
+
+def _kernel(bench: Bench, name: str) -> subprocess.Popen[bytes]:
+    words = [str(bench.home), bench.base, str(bench.out), name, "1", str(STEPS), str(SAVE_STEPS)]
+    return subprocess.Popen([sys.executable, "-c", KERNEL, *words], stdout=subprocess.PIPE)
 
 
 def _of_the_run(bench: Bench, number: int, plan: Plan, who: str) -> Run:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import signal
 import struct
 import threading
 import time
@@ -41,6 +43,9 @@ class FakeRun:
 
     def events(self, after=0):
         return [e for e in self.said if e.seq > after]
+
+    def glance(self, until, count=2000):
+        return self.said[: until : max(1, until // count)]
 
     def columns(self, names, after, until):
         return None
@@ -596,6 +601,15 @@ def test_two_views_share_one_thread_and_one_look(watcher):
     assert [t.name for t in threading.enumerate()].count("llmnb-watch") == 1
 
 
+def test_a_long_run_is_shown_at_a_glance_first(watcher):
+    run, view = FakeRun(), Recorder()
+    run.losses(*([1.0] * 20_000))
+    run._record["last_seq"] = 20_000
+    watcher.watch(run, view, list, wait=20)
+    until(lambda: len(view.seen) > 1)
+    assert [points for points, *_ in view.seen[:2]] == [2000, 20_000]
+
+
 def test_it_looks_at_most_four_times_a_second(watcher):
     run, view = FakeRun(), Recorder()
     watcher.watch(run, view, list)
@@ -615,6 +629,37 @@ def test_a_database_that_goes_away_is_said_and_waited_for(watcher, monkeypatch):
     run.losses(2.0)
     run.trouble = None
     until(lambda: view.seen[-1] == (2, "running", ""))
+
+
+@pytest.mark.mongod
+def test_a_real_database_goes_away_comes_back_and_loses_the_run(watcher, tmp_path):
+    from llmnb import connect
+    from llmnb.store import embedded
+
+    home = tmp_path / "home"
+    db = connect(home=home)
+    try:
+        runs, events = db.store.runs, db.store.events
+        run = runs.create("x", model="x", version=1, config={}, counts={"steps": 9})["_id"]
+        runs.transition(run, "queued", "starting")
+        events.append(run, [Metric(seq=1, step=1, values={"loss": 2.0})])
+        view = Recorder()
+        watcher.watch(db.run(run), view, runs.find_lost, wait=10)
+        assert view.seen[-1] == (1, "starting", "")
+        os.kill(embedded.status(home).pid, signal.SIGKILL)
+        until(lambda: "does not answer" in view.seen[-1][2], 60)
+        assert view.seen[-1][0] == 1, "what was drawn stays"
+        embedded.start(home)
+        events.append(run, [Metric(seq=2, step=2, values={"loss": 1.0})])
+        until(lambda: view.seen[-1] == (2, "starting", ""), 60)
+        runs.transition(run, "starting", "stopped")
+        runs.remove(run)
+        until(lambda: "was removed" in view.seen[-1][2], 60)
+        until(lambda: not watcher.runs)
+    finally:
+        watcher.stop()
+        db.close()
+        embedded.stop(home)
 
 
 def test_a_run_that_is_removed_is_said_and_asked_for_no_more(watcher):

@@ -477,6 +477,7 @@ def test_metrics_come_as_columns_from_a_server(store, monkeypatch):
     ]
     store.events.append("run", events)
     found = store.events.columns("run", ("loss", "eval_loss", "nosuch"), 3, 40)
+    assert [e.seq for e in store.events.at("run", [1, 40, 77])] == [1, 40]
     if store.mock:
         assert found is None, "then the events are read"
         return

@@ -101,6 +101,10 @@ class Run:
         found = self._store.events.since(self.id, after)
         return found or self._spooled(after)
 
+    def glance(self, until: int, count: int = 2000) -> list[Event]:
+        """About ``count`` of its events up to ``until``, evenly spread: a long run at a glance."""
+        return self._store.events.at(self.id, range(1, until + 1, max(1, until // count)))
+
     def columns(self, names: Sequence[str], after: int, until: int) -> tuple[Columns, list[Event]] | None:
         """Its metrics after ``after`` up to ``until`` as columns, and its other events in between.
 

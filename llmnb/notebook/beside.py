@@ -43,6 +43,11 @@ class _Other:
         if (first or new) and self._beside.drawn_anew(at_once=first or curve.ended):
             self.drawn = curve.seq
 
+    @property
+    def asleep(self) -> bool:
+        """True while no page shows it."""
+        return self._beside.asleep
+
     def close(self) -> None:
         """Nothing more will come."""
 
@@ -61,6 +66,11 @@ class Beside:
         self._others: dict[str, _Other] = {}
         self._trouble = ""
         self._sent_at = 0.0
+
+    @property
+    def asleep(self) -> bool:
+        """True while no page shows the view."""
+        return self._view.asleep
 
     def offer(self) -> None:
         """Sends which runs there are to choose from."""

@@ -26,6 +26,8 @@ PATIENCE = 8.0  # seconds between looks while the database is away
 LOST_EVERY = 10.0  # seconds between two searches for runs without a sign of life
 GONE = "the run was removed from the database: nothing more will come"
 _MANY = 2000  # from so many new events on they are asked for as columns
+_LATELY = 200  # the newest ones are read whole: speed and memory are told from them
+_LONG = 10_000  # a run of so many events is shown at a glance before it is read
 log = logging.getLogger(__name__)
 
 
@@ -51,24 +53,37 @@ class Readable(Protocol):
     def events(self, after: int = 0) -> list[Event]:
         """Its events above ``after``."""
 
+    def glance(self, until: int, count: int = 2000) -> list[Event]:
+        """About ``count`` of its events up to ``until``."""
+
     def columns(self, names: Sequence[str], after: int, until: int) -> tuple[Columns, list[Event]] | None:
         """Its metrics as columns and its other events, or None."""
 
 
-def read(run: Readable, curve: Curve | None = None) -> tuple[Curve, dict[str, Any]]:
-    """The newest curve of a run and its record.
+def read(
+    run: Readable, curve: Curve | None = None, record: dict[str, Any] | None = None
+) -> tuple[Curve, dict[str, Any]]:
+    """The newest curve of a run and its record, which is the given one, or read now.
 
     The record is read first: when it says that the run has ended, its events are on their way or there already.
     """
-    record = run.record
+    record = run.record if record is None else record
     curve = curve or Curve(run=run.id)
-    until = int(record.get("last_seq") or 0)
+    until = int(record.get("last_seq") or 0) - _LATELY
     if until - curve.seq > _MANY:
         found = run.columns(series.DRAWN, curve.seq, until)
         if found is not None:
             columns, others = found
             curve = series.taken(series.fold(curve, others), columns)
     return series.told(series.fold(curve, run.events(curve.seq)), record), record
+
+
+def _glance(run: Readable, record: dict[str, Any]) -> Curve | None:
+    """A part of a long run's curve, from its beginning to its end, in a fraction of the time; None of a short one."""
+    until = int(record.get("last_seq") or 0)
+    if until < _LONG:
+        return None
+    return series.told(series.fold(Curve(run=run.id), run.glance(until)), record)
 
 
 class _Watched:
@@ -171,7 +186,11 @@ class Poller:
     def _look(self, watched: _Watched) -> None:
         trouble, curve, record = "", watched.curve, watched.record
         try:
-            curve, record = read(watched.run, watched.curve)
+            record = watched.run.record
+            first = _glance(watched.run, record) if not watched.seen.is_set() else None
+            if first is not None:
+                self._tell(watched, first, record, "")
+            curve, record = read(watched.run, watched.curve, record)
             self._look_for_lost(watched, record)
             watched.rest = EVERY
             if all(getattr(view, "asleep", False) for view in watched.views):
@@ -188,13 +207,17 @@ class Poller:
         with self._lock:
             watched.quiet = watched.quiet + 1 if curve.seq == watched.curve.seq else 0
             watched.curve, watched.record = curve, record
+        self._tell(watched, curve, record, trouble)
+        watched.seen.set()
+
+    def _tell(self, watched: _Watched, curve: Curve, record: Mapping[str, Any], trouble: str) -> None:
+        with self._lock:
             views = list(watched.views)
         for view in views:
             try:
                 view.show(curve, record, trouble)
             except Exception:  # a page that went away must not end the watch of the others
                 log.debug("a view of run %s failed", watched.run.id, exc_info=True)
-        watched.seen.set()
 
     @staticmethod
     def _pause(watched: _Watched) -> None:

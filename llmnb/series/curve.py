@@ -14,8 +14,8 @@ from .points import Floats, Points
 
 __all__ = ["DRAWN", "ENDED", "Columns", "Curve", "fold", "joined", "taken", "told"]
 
-# The series that a view of a run shows.
-DRAWN = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens", "memory")
+# The series that a view of a run draws.
+DRAWN = ("loss", "eval_loss", "learning_rate", "grad_norm")
 ENDED = frozenset({"done", "failed", "stopped", "lost"})
 
 

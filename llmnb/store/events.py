@@ -87,6 +87,11 @@ class Events:
             wanted["kind"] = {"$in": [kinds] if isinstance(kinds, str) else list(kinds)}
         return [_event(record) for record in self._table.find(wanted, sort=[("_id", 1)], limit=limit)]
 
+    def at(self, run: str, seqs: Iterable[int]) -> list[Event]:
+        """The events with these numbers, in order; those that are not there are passed over."""
+        wanted = {"_id": {"$in": [_key(run, seq) for seq in seqs]}}
+        return [_event(record) for record in self._table.find(wanted, sort=[("_id", 1)])]
+
     def columns(self, run: str, names: Sequence[str], after: int, until: int) -> Columns | None:
         """The metrics after ``after`` up to ``until`` as columns, of these names only; None where that cannot be had.
 

@@ -30,18 +30,21 @@ from llmnb.launch import runner
 from llmnb.store import embedded
 
 EACH, EVERY = 10, 0.25  # points, seconds: the pace of the live updates
+# When the views that come from now on have drawn what, by the newest event in it.
 DRAWN = """() => {
-    window.drawn = {};
+    const before = new Set(document.querySelectorAll('.llmnb-live')), drawn = window.drawn = {};
     const look = () => {
         for (const view of document.querySelectorAll('.llmnb-live')) {
             const { seq, points } = view.dataset;
-            if (seq && !(seq in window.drawn)) {
-                window.drawn[seq] = null;
-                requestAnimationFrame(() => setTimeout(() => { window.drawn[seq] = [Date.now() / 1000, +points]; }));
+            if (seq && !before.has(view) && !(seq in drawn)) {
+                drawn[seq] = null;
+                requestAnimationFrame(() => setTimeout(() => { drawn[seq] = [Date.now() / 1000, +points]; }));
             }
         }
     };
-    new MutationObserver(look).observe(document.body, {subtree: true, childList: true, attributes: true,
+    window.looker?.disconnect();
+    window.looker = new MutationObserver(look);
+    window.looker.observe(document.body, {subtree: true, childList: true, attributes: true,
         attributeFilter: ['data-seq']});
 }"""
 # Time between two turns of the page's event loop above 4 ms is time in which it could not answer, by the second.
@@ -117,17 +120,18 @@ def line(what: str, figure: str, limit: str = "", beside: str = "") -> None:
     print(f"{what:62s} {figure:>22s}  {limit:10s} {beside}", flush=True)
 
 
-def first_draw(page, cell: int, points: int) -> float:
-    """Seconds from the key press to the frame that shows every point."""
+def first_draw(page, cell: int, points: int) -> tuple[float, float]:
+    """Seconds from the key press to the frame that shows the curve, and to the one that has every point in it."""
     page.page.locator(".jp-Notebook .jp-Cell").nth(cell).locator(".cm-content").first.click()
     page.page.evaluate(DRAWN)
     begin = time.time()
     page.page.keyboard.press("Control+Enter")
     page.until(f"() => Object.values(window.drawn).some((d) => d && d[1] >= {points})", 120)
-    drawn = page.page.evaluate("() => Object.values(window.drawn)")
+    drawn = [d for d in page.page.evaluate("() => Object.values(window.drawn)") if d]
     page.page.wait_for_timeout(1000)
     page.idle()
-    return min(at for at, count in filter(None, drawn) if count >= points) - begin
+    first = min(at for at, count in drawn if count >= min(points, 1000))
+    return first - begin, min(at for at, count in drawn if count >= points) - begin
 
 
 def clear(page) -> None:
@@ -239,9 +243,13 @@ def main() -> int:
                     page.run(cell)
                 print(f"load of the machine before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
                 took = [first_draw(page, 3 + i, n) for i, n in enumerate((10, *[known.points] * 3))]
-                line("10 points drawn after the cell was started, in a new kernel, s", f"{took[0]:.2f}")
-                line(f"{known.points} points drawn, never read before, s", f"{took[1]:.2f}, {took[2]:.2f}", "< 1")
-                line(f"{known.points} points drawn once more, s", f"{took[3]:.2f}")
+                line("10 points drawn after the cell was started, in a new kernel, s", f"{took[0][0]:.2f}")
+                line(
+                    f"{known.points} points, never read before: drawn (with every point), s",
+                    ", ".join(f"{first:.2f} ({whole:.2f})" for first, whole in took[1:3]),
+                    "< 1",
+                )
+                line(f"{known.points} points drawn once more, s", f"{took[3][1]:.2f}")
                 clear(page)
                 for one in (small, first):  # one run is watched from here on
                     db.store.runs.transition(one, "running", "done")

@@ -12,6 +12,7 @@ from typing import Any
 import ipywidgets
 from IPython.display import DisplayHandle, display
 
+from .chatbox import ChatBox
 from .live import LiveView
 from .picker import Picker
 
@@ -31,9 +32,11 @@ class RunView:
 
     def __init__(self, session: Any, run: Any, others: list[str] | None = None) -> None:
         self._session, self._run = session, run
-        self.picker = Picker(session, session.database(), run.id)
-        self.live = LiveView(run, session, saved=self.picker.refresh)
-        parts = [self.live.widget, self.picker.widget]
+        database = session.database()
+        self.chat = ChatBox(session, database, [run.id])
+        self.picker = Picker(session, database, run.id, chat=self.chat.choose)
+        self.live = LiveView(run, session, saved=self._saved)
+        parts = [self.live.widget, self.picker.widget, self.chat.widget]
         self.widget = ipywidgets.VBox(parts, layout=ipywidgets.Layout(overflow="visible", width="100%"))
         self.widget.add_class("llmnb-run")
         if others:
@@ -54,3 +57,8 @@ class RunView:
     def _watch(self, wait: float) -> None:
         find_lost = self._session.database().store.runs.find_lost
         self._session.poller().watch(self._run, self.live, find_lost, wait)
+
+    def _saved(self) -> None:
+        """On the poller's thread: a checkpoint was saved."""
+        self.picker.refresh()
+        self.chat.refresh()

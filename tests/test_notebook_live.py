@@ -287,7 +287,7 @@ def test_a_run_that_is_over_is_shown_with_its_still(page):
 
 
 def test_while_running_a_picture_is_kept_for_the_file(page, monkeypatch):
-    monkeypatch.setattr(live, "_KEEP_EVERY", 0.0)
+    monkeypatch.setattr(live, "_KEEP_SELDOM", 0.0)
     run = FakeRun()
     run.losses(3.0)
     view, curve = opened(run, page)

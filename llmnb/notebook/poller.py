@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from .. import series
@@ -83,7 +84,8 @@ def _glance(run: Readable, record: dict[str, Any]) -> Curve | None:
     until = int(record.get("last_seq") or 0)
     if until < _LONG:
         return None
-    return series.told(series.fold(Curve(run=run.id), run.glance(until)), record)
+    curve = series.fold(Curve(run=run.id), run.glance(until))
+    return replace(series.told(curve, record), seq=0)  # nothing can be folded onto it
 
 
 class _Watched:

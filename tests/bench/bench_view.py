@@ -36,16 +36,17 @@ DRAWN = """() => {
     const look = () => {
         for (const view of document.querySelectorAll('.llmnb-live')) {
             const { seq, points } = view.dataset;
-            if (seq && !before.has(view) && !(seq in drawn)) {
-                drawn[seq] = null;
-                requestAnimationFrame(() => setTimeout(() => { drawn[seq] = [Date.now() / 1000, +points]; }));
+            const key = seq + '/' + points;
+            if (seq && !before.has(view) && !(key in drawn)) {
+                drawn[key] = null;
+                requestAnimationFrame(() => setTimeout(() => { drawn[key] = [Date.now() / 1000, +points]; }));
             }
         }
     };
     window.looker?.disconnect();
     window.looker = new MutationObserver(look);
     window.looker.observe(document.body, {subtree: true, childList: true, attributes: true,
-        attributeFilter: ['data-seq']});
+        attributeFilter: ['data-seq', 'data-points']});
 }"""
 # Time between two turns of the page's event loop above 4 ms is time in which it could not answer, by the second.
 BLOCKED = """(seconds) => new Promise((done) => {
@@ -194,12 +195,16 @@ def lateness(page, db, base: Path) -> None:
     page.page.evaluate(DRAWN)
     page.run(8)
     page.until("() => document.querySelector('.llmnb-live')", 120)
-    page.until("() => document.querySelector('.llmnb-live').dataset.points >= 40", 240)
+    try:
+        page.until("() => document.querySelector('.llmnb-live').dataset.points >= 40", 200)
+    except Exception:
+        print(page.output(8).inner_text(), db.run("latest"), page.picture(Path("/tmp/shots/late.png")))
+        raise
     page.page.wait_for_timeout(20_000)
     drawn = page.page.evaluate("() => Object.entries(window.drawn)")
     run = db.run("latest")
     run.kill()
-    at = {int(seq): when[0] for seq, when in drawn if when}
+    at = {int(key.partition("/")[0]): when[0] for key, when in drawn if when}
     said = {event.seq: event.time for event in run.events() if isinstance(event, Metric) and "loss" in event.values}
     first = min(at)
     late = [min(t for seq_, t in at.items() if seq_ >= seq) - said[seq] for seq in said if first < seq <= max(at)]

@@ -13,6 +13,7 @@ pytest.importorskip("IPython")
 
 import llmnb.launch.chat
 import llmnb.notebook.chat as chat
+import llmnb.notebook.speakers as speakers
 from llmnb import Collection, connect
 from llmnb.config import ModelSpec
 from llmnb.conversation import Conversation, Form, Reply, Turn
@@ -114,33 +115,33 @@ def newest_run(db):
 
 def test_without_a_name_the_newest_runs_model_answers(db):
     run = newest_run(db)
-    assert chat.named(db, None) == [f"{run}/40"], "with the best step, as the model does"
-    who = chat.speaker(db, f"{run}/40")
+    assert speakers.named(db, None) == [f"{run}/40"], "with the best step, as the model does"
+    who = speakers.speaker(db, f"{run}/40")
     assert (who.head, who.spec.model_name_or_path, who.chat) == ("tickets step 40 (best)", "/models/tiny", True)
     assert who.adapter and who.form == Form("messages", "messages", "docs")
 
 
 def test_columns_by_name(db):
     run = newest_run(db)
-    assert chat.named(db, run, ["base"]) == ["base", f"{run}/60"]
-    assert chat.named(db, f"{run}/20", ["base", f"{run}/20", run]) == ["base", f"{run}/20", f"{run}/60"]
+    assert speakers.named(db, run, ["base"]) == ["base", f"{run}/60"]
+    assert speakers.named(db, f"{run}/20", ["base", f"{run}/20", run]) == ["base", f"{run}/20", f"{run}/60"]
     with pytest.raises(NotFound, match="checkpoint"):
-        chat.named(db, f"{run}/9")
+        speakers.named(db, f"{run}/9")
     with pytest.raises(ConfigError, match="at most 4"):
-        chat.named(db, None, ["base", f"{run}/20", f"{run}/60", db.show("checkpoint")[0]])
+        speakers.named(db, None, ["base", f"{run}/20", f"{run}/60", db.show("checkpoint")[0]])
 
 
 def test_the_base_is_that_of_those_beside_it_in_the_same_process(db):
     run = newest_run(db)
-    base, tuned = (chat.speaker(db, name, ["base", f"{run}/20"]) for name in ("base", f"{run}/20"))
+    base, tuned = (speakers.speaker(db, name, ["base", f"{run}/20"]) for name in ("base", f"{run}/20"))
     assert (base.head, base.adapter) == ("base", None) and base.spec == tuned.spec and tuned.adapter
 
 
 def test_a_whole_model_has_a_process_of_its_own(db):
     whole = db.show("checkpoint")[0]
-    who = chat.speaker(db, f"{whole}/10")
+    who = speakers.speaker(db, f"{whole}/10")
     assert who.adapter is None and who.spec.model_name_or_path.startswith(str(db.store.home))
-    assert chat.speaker(db, "base", [f"{whole}/10"]).spec.model_name_or_path == "/models/tiny"
+    assert speakers.speaker(db, "base", [f"{whole}/10"]).spec.model_name_or_path == "/models/tiny"
 
 
 @pytest.mark.parametrize(
@@ -151,20 +152,20 @@ def test_prompts_go_the_way_the_model_was_trained(db, tmp_path, kind, form, chat
     run = add(
         db, ModelSpec("m", "/models/tiny"), tmp_path / "weights", {5: 1}, key_kind=kind, prompt_template="Q{input}"
     )
-    who = chat.speaker(db, run, form=form)
+    who = speakers.speaker(db, run, form=form)
     assert who.chat is chats and who.spec.prompt_template == "Q{input}"
 
 
 def test_a_checkpoint_whose_run_is_gone_still_answers(db):
     run = newest_run(db)
     db.store.runs._table.delete({"_id": run})
-    who = chat.speaker(db, f"{run}/40")
-    assert who.spec.model_name_or_path == "/models/tiny" and chat.named(db, None) == [f"{run}/60"]
+    who = speakers.speaker(db, f"{run}/40")
+    assert who.spec.model_name_or_path == "/models/tiny" and speakers.named(db, None) == [f"{run}/60"]
 
 
 def test_everyone_can_be_chosen_newest_first(db):
     run = newest_run(db)
-    names = chat.choices(db)
+    names = speakers.choices(db)
     assert [name for name, *_ in names[:3]] == ["base", f"{run}/60", f"{run}/40"] and len(names) == 5
     assert names[2][1] == "tickets step 40 (best, eval 1.600)" and names[2][2].startswith("tickets · ")
 
@@ -174,7 +175,7 @@ def test_no_checkpoint_at_all_is_said():
         warnings.simplefilter("ignore")
         db = connect("mongomock://chat_empty")
     with pytest.raises(NotFound, match="no checkpoint") as caught:
-        chat.named(db, None)
+        speakers.named(db, None)
     assert "train first" in str(caught.value)
 
 
@@ -426,7 +427,7 @@ def test_the_still_is_escaped():
 def test_two_bases_stay_in_memory_at_most(db, processes):
     chats = chat.Chats()
     for name in ("a", "b", "c"):
-        list(chats.ask(chat.Speaker("base", "base", ModelSpec(model_name_or_path=name), None), "x", {}))
+        list(chats.ask(speakers.Speaker("base", "base", ModelSpec(model_name_or_path=name), None), "x", {}))
     assert [p.alive for p in processes] == [False, True, True] and len(chats) == 2
     chats.close()
     assert len(chats) == 0

@@ -22,6 +22,7 @@ faults         NaN and Inf: where they began, and why
 hooks          what a run calls out, and what it gives back
 training       ``train``: everything above, in order
 generation     ``Answerer``: prompts → text
+voices         adapters on one base, swapped
 sampling       the options of one answer
 merging        an adapter into its base
 proof          what a merge was measured on, and what was found

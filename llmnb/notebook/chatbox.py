@@ -20,6 +20,7 @@ from IPython.display import DisplayHandle, display
 from ..conversation import Conversation, Reply, Saved, Turn
 from ..errors import ConfigError, DataError, Fault, LlmnbError
 from . import chat as chats
+from . import speakers as who_can
 from . import still
 
 __all__ = ["ChatBox", "ChatWidget"]
@@ -170,8 +171,8 @@ class ChatBox:
 
     def _choose(self, speakers: Sequence[str]) -> None:
         names = list(dict.fromkeys(map(str, speakers)))
-        if not 1 <= len(names) <= chats.MOST:
-            raise ConfigError([Fault("speakers", f"are {len(names)}", f"choose 1 to {chats.MOST}")])
+        if not 1 <= len(names) <= who_can.MOST:
+            raise ConfigError([Fault("speakers", f"are {len(names)}", f"choose 1 to {who_can.MOST}")])
         with self._lock:
             self._chosen, self._trouble = names, ""
             self._state()
@@ -211,7 +212,7 @@ class ChatBox:
             self.chat = found
             self._session.last_chat = found
             if found.turns:
-                self._chosen = [reply.speaker for reply in found.turns[-1].replies][: chats.MOST]
+                self._chosen = [reply.speaker for reply in found.turns[-1].replies][: who_can.MOST]
             self._said = self._trouble = ""
             self._all()
 
@@ -350,17 +351,17 @@ class ChatBox:
 
     def _look(self) -> None:
         """What there is to choose from."""
-        choices = chats.choices(self._database)
+        choices = who_can.choices(self._database)
         collections = sorted(self._database.store.collections())
         kept = [record["name"] for record in self._database.chats()]
         with self._lock:
             if not self._chosen and len(choices) > 1:
-                self._chosen = [chats.newest(self._database)]
-            self._chosen = list(dict.fromkeys(chats.settled(name, choices) for name in self._chosen))
+                self._chosen = [who_can.newest(self._database)]
+            self._chosen = list(dict.fromkeys(who_can.settled(name, choices) for name in self._chosen))
             self._choices, self._collections, self._kept_names = choices, collections, kept
             chosen = [name for name in self._chosen if name in {n for n, *_ in choices}]
         if chosen and len(choices) > 1:
-            found = next((name for name in chosen if name != "base"), None) or chats.newest(self._database)
+            found = next((name for name in chosen if name != "base"), None) or who_can.newest(self._database)
             _, form = self._database.trained_as(self._database.store.checkpoints.get(found))
             self._alone = (form.kind != "messages") if self._form is None else self._form == "text"
             with self._lock:
@@ -374,7 +375,7 @@ class ChatBox:
             with self._lock:
                 names = list(self._chosen)
             if not names:
-                names = self._chosen = [chats.newest(self._database)]
+                names = self._chosen = [who_can.newest(self._database)]
             if chats.sampled(sampling):
                 sampling.setdefault("seed", random.randrange(100_000))  # the same for every column
             turn.sampling = chats.sampling_words(sampling)
@@ -404,7 +405,7 @@ class ChatBox:
         self._column(turn, column)
         sent = time.monotonic()
         try:
-            who = chats.speaker(self._database, name, names, self._form)
+            who = who_can.speaker(self._database, name, names, self._form)
             reply.speaker, reply.head = who.name, who.head
             if name != "base" or len(names) == 1:
                 self.chat.form = who.form

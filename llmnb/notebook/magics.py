@@ -358,6 +358,7 @@ class LlmMagics(Magics):
         from .. import options
         from ..conversation import Conversation, Turn
         from . import chat as chats
+        from . import speakers
 
         every = frozenset({"bool", "int", "float", "str", "list", "dict", "None"})
         sampling = {
@@ -367,7 +368,7 @@ class LlmMagics(Magics):
         if known.history and chat.turns and not (known.checkpoint or known.compare):
             names = [reply.speaker for reply in chat.turns[-1].replies]
         else:
-            names = chats.named(database, known.checkpoint, known.compare)
+            names = speakers.named(database, known.checkpoint, known.compare)
         if known.keep:
             database.keep_chat(chat, known.keep)
         self.session.last_chat = chat

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 
@@ -24,7 +25,7 @@ MARKUP = "<img src=x onerror=window.evil=1> <b>my name is model.</b>"
 NAMELESS = re.compile(
     r"^\s*- (?:textbox|combobox|checkbox|button|spinbutton|option|log|group)(?: \[[^\]]*\])*:?$", re.M
 )
-LONG = "--max_new_tokens 240 --min_new_tokens 240"
+LONG = "--max_new_tokens 6000 --min_new_tokens 6000"  # time to press Stop
 
 
 @pytest.fixture
@@ -36,8 +37,11 @@ def driver():
 
 
 @pytest.fixture
-def trained(mongo_uri, tmp_path, tiny_llama):
+def trained(mongo_uri, tmp_path):
     """(the database, the run's id): a chat model that has learned to answer with markup, and two earlier steps."""
+    from tiny import make_model
+
+    base = make_model("llama", tmp_path / "base", max_position_embeddings=8192)
     db = connect(mongo_uri, home=tmp_path / "home")
     said = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": MARKUP}]
     db.execute(Collection("tickets").insert_many([{"messages": said, "_fold": "train"} for _ in range(24)]))
@@ -55,7 +59,7 @@ def trained(mongo_uri, tmp_path, tiny_llama):
         lora_dropout=0.0,
         use_cpu=True,
     )
-    run = db.apply(LLM("tickets", tiny_llama, trainer=trainer))
+    run = db.apply(LLM("tickets", str(base), trainer=trainer))
     yield db, run.id
     db.close()
 
@@ -67,6 +71,7 @@ def cells(run):
         f"%%llm_chat --compare base {run}/20 --max_new_tokens 60\n{QUESTION}",
         f"%%llm_chat {LONG}\none two three",
         "import sys; print('torch' in sys.modules)",
+        f"view = %llm_watch {run}",
     ]
 
 
@@ -109,8 +114,9 @@ def test_the_chat_from_first_question_to_a_file_without_kernel(driver, tmp_path,
         goes_on_below(page)
         is_stopped(page)
         chat = settings_and_choice(page, run)
-        killed_and_out_of_memory(page, chat, db)
+        killed_and_released(page, chat, db)
         saved_and_kept(page, chat, db)
+        under_the_run(page, tmp_path)
         stays_after_a_reload(page, tmp_path)
         page.run(4)
         assert page.output(4).inner_text().strip() == "False", "the kernel needs no torch"
@@ -165,10 +171,11 @@ def goes_on_below(page):
     assert chat.box.locator(".llmnb-question").last.inner_text() == "first line\nsecond line"
     assert len(chat.texts()) == 3 and all("s" in note for note in chat.notes())
     assert chat.box.get_by_role("textbox", name="Question").input_value() == ""
-    chat.ask("the cat sat " * 100)
+    chat.box.get_by_role("textbox", name="Question").fill("the cat sat " * 3000)
+    chat.keys.press("Enter")
     chat.box.locator(".llmnb-turn").nth(2).wait_for()
     chat.phase("idle")
-    assert "the model takes 256" in chat.notes()[1] and "To do" in chat.notes()[1]
+    assert "the model takes 8192" in chat.notes()[1] and "To do" in chat.notes()[1]
 
 
 def is_stopped(page):
@@ -227,14 +234,21 @@ def settings_and_choice(page, run):
     return chat
 
 
-def killed_and_out_of_memory(page, chat, db):
-    """A process that is gone is said, and the next question starts another."""
+def models(page):
+    """The chat processes of this lab's kernels."""
     import psutil
 
-    def models():
-        return [p for p in psutil.process_iter(["cmdline"]) if "llmnb.launch.chat" in (p.info["cmdline"] or [])]
+    found = []
+    for process in psutil.Process(page.server.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "llmnb.launch.chat" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
-    mine = [p for p in models() if str(page.folder) in p.environ().get("IPYTHONDIR", "")]
+
+def killed_and_released(page, chat, db):
+    """A process that is gone is said, and the next question starts another."""
+    mine = models(page)
     assert len(mine) == 1, "one process for all columns and cells"
     os.kill(mine[0].pid, 9)
     chat.ask("one")
@@ -245,7 +259,7 @@ def killed_and_out_of_memory(page, chat, db):
     assert all("tokens/s" in n or "has ended" in n for n in chat.notes()) and "tokens/s" in chat.notes()[-1]
     chat.box.get_by_role("button", name="Release memory").click()
     chat.says("The memory is free")
-    assert not [p for p in models() if str(page.folder) in p.environ().get("IPYTHONDIR", "")]
+    assert not models(page)
 
 
 def saved_and_kept(page, chat, db):
@@ -267,6 +281,25 @@ def saved_and_kept(page, chat, db):
     page.page.wait_for_timeout(1500)
     assert [(c["name"], c["turns"]) for c in db.chats()] == [("a good one", 3)]
     assert NAMELESS.findall(chat.box.aria_snapshot()) == []
+
+
+def under_the_run(page, tmp_path):
+    """Chosen in the picker, asked below it."""
+    page.run(5)
+    chat, picker = Chat(page, 5), page.output(5).locator(".llmnb-picker-box")
+    chat.box.get_by_role("combobox", name="Answers").wait_for()
+    picker.get_by_role("row").filter(has_text="40").first.click()
+    picker.get_by_role("button", name="Compare with base").click()
+    chat.box.get_by_role("combobox", name="Answers in column 2").wait_for()
+    page.until("() => document.activeElement.matches('.llmnb-prompt')")
+    page.page.keyboard.type(QUESTION)
+    page.page.keyboard.press("Enter")
+    chat.box.locator(".llmnb-turn").wait_for()
+    chat.phase("idle")
+    heads = chat.box.locator(".llmnb-reply-head").all_inner_texts()
+    assert sorted(heads) == ["base", "tickets step 40"] and all("tokens/s" in note for note in chat.notes())
+    chat.box.scroll_into_view_if_needed()
+    page.picture(tmp_path / "chat_run.png")
 
 
 def stays_after_a_reload(page, tmp_path):

@@ -156,7 +156,7 @@ class View {
   ask() {
     const text = this.prompt.value.trim();
     if (this.shared.phase !== "idle" || !text) {
-      if (!text) this.tell("Type a question first.");
+      this.tell(text ? "An answer is still being given: wait for it, or press Stop." : "Type a question first.");
       return;
     }
     clearTimeout(this.waiting);
@@ -365,8 +365,9 @@ export default () => {
       Object.assign(shared, content, { heard: true, asked: "" });
     } else if (!shared.heard) return;
     else if (kind === "state") {
-      if (content.trouble || content.phase === "idle") shared.asked = "";
-      Object.assign(shared, content);
+      const late = shared.asked && !content.trouble && content.phase === "idle"; // said before the question was heard
+      if (content.trouble) shared.asked = "";
+      Object.assign(shared, content, late ? { phase: "answering" } : {});
     } else if (kind === "focus") shared.views.forEach((view) => view.prompt.focus());
     else if (kind === "reply" && shared.turns[content.turn]) shared.turns[content.turn].replies[content.column] = content.reply;
     shared.draw();

@@ -199,7 +199,8 @@ def _figures(told: Mapping[str, Any], seconds: float, text: str) -> str:
         speed = tokens / took
         parts.append(f"{number(speed) if speed >= 20 else f'{speed:.1f}'} tokens/s")
         parts.append(f"{tokens} {'token' if tokens == 1 else 'tokens'}")
-    parts.append(f"{took or seconds:.1f} s")
+    spent = took or seconds
+    parts.append(f"{spent:.1f} s" if spent >= 1 else f"{spent:.2f} s")
     if told.get("cut"):
         parts.append(f"cut at {tokens} tokens")
     parts += told.get("notes") or []

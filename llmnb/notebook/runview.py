@@ -54,11 +54,6 @@ class RunView:
         if kept is not None:
             self.live.keep(kept)
 
-    def _saved(self) -> None:
-        """A checkpoint is there."""
-        self.picker.refresh()
-        self.chat.refresh()
-
     def _watch(self, wait: float) -> None:
         find_lost = self._session.database().store.runs.find_lost
         self._session.poller().watch(self._run, self.live, find_lost, wait)

@@ -374,6 +374,7 @@ def test_training_from_a_cell_is_seen_live(driver, tmp_path, mongo_uri, tiny_lla
             page.until("() => [...document.querySelectorAll('.llmnb-live')].at(-1).dataset.status === 'done'", 180)
             assert again.get_attribute("data-points") == "150"
             rows = page.output(7).locator(".llmnb-picker-box")
+            rows.locator("tbody tr").filter(has_text="150").wait_for(timeout=30_000)  # it looks when one was saved
             assert "100" in rows.inner_text() and "150" in rows.inner_text(), "its checkpoints, under it"
             assert "all its steps are done" in again.locator(".llmnb-why").inner_text()
             page.run(5)

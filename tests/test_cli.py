@@ -456,8 +456,9 @@ def test_runs_watch_show(trained, capsys):
     assert "_fold" in said and "0+1=" in said
     assert main(["data", "sum", *where]) == 1
     assert "did you mean 'sums'" in capsys.readouterr().err
-    assert main(["stop", run, *where]) == 1
-    assert "has ended already" in capsys.readouterr().err
+    for more in ([], ["--now"]):
+        assert main(["stop", run, *more, *where]) == 1
+        assert "has ended already" in capsys.readouterr().err
     assert main(["resume", run, *where]) == 1
     assert "nothing is left to do" in capsys.readouterr().err
     assert main(["resume", run, "--learning_rate", "4", *where]) == 1

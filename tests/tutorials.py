@@ -19,10 +19,12 @@ from typing import Any
 
 import nbclient
 import nbformat
+from jupyter_core.utils import ensure_async
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PATIENCE = 600  # seconds for one cell, on a busy machine
+LAST_LOOK = 3  # seconds for views to see the end of their runs: without a page they look every two
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 _NOT_KEPT = ("widgets", "execution", "signature")
 
@@ -47,13 +49,29 @@ def environment(folder: Path) -> dict[str, str]:
     return {**env, "PYTHONPATH": path, "LLMNB_HOME": str(folder / "home"), "IPYTHONDIR": str(folder / "ipython")}
 
 
+class Client(nbclient.NotebookClient):  # type: ignore[misc]
+    """nbclient, which hears displays that are updated between two cells, too, as JupyterLab does."""
+
+    async def _async_poll_output_msg(self, parent_msg_id: str, cell: Any, cell_index: int) -> None:
+        while True:
+            msg = await ensure_async(self.kc.iopub_channel.get_msg(timeout=None))
+            if msg["parent_header"].get("msg_id") == parent_msg_id:
+                try:
+                    self.process_message(msg, cell, cell_index)
+                except nbclient.client.CellExecutionComplete:
+                    return
+            elif msg["msg_type"] == "update_display_data":
+                self._update_display_id(msg["content"]["transient"]["display_id"], msg)
+
+
 def execute(path: Path, folder: Path) -> Any:
     """The notebook after a run from top to bottom by nbclient; its first failing cell raises."""
     book = nbformat.read(path, 4)
     for cell in book.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    client = nbclient.NotebookClient(
+    book.cells.append(nbformat.v4.new_code_cell(f"import time; time.sleep({LAST_LOOK})"))
+    client = Client(
         book,
         timeout=PATIENCE,
         record_timing=False,
@@ -61,6 +79,7 @@ def execute(path: Path, folder: Path) -> Any:
         resources={"metadata": {"path": str(folder)}},
     )
     client.execute(env=environment(folder))
+    book.cells.pop()
     return book
 
 

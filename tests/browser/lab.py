@@ -222,9 +222,13 @@ class Lab:
 
 @contextlib.contextmanager
 def lab(driver: Any, folder: Path, **options: Any) -> Iterator[Lab]:
-    """A Lab that is closed at the end."""
+    """A Lab that is closed at the end. What it showed when something went wrong is kept beside its folder."""
     found = Lab(driver, folder, **options)
     try:
         yield found
+    except Exception:
+        with contextlib.suppress(Exception):
+            found.picture(folder.with_name(f"{folder.name}-failed.png"))
+        raise
     finally:
         found.close()

@@ -29,14 +29,6 @@ LONG = "--max_new_tokens 6000 --min_new_tokens 6000"  # time to press Stop
 
 
 @pytest.fixture
-def driver():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as found:
-        yield found
-
-
-@pytest.fixture
 def trained(mongo_uri, tmp_path):
     """(the database, the run's id): a chat model that has learned to answer with markup, and two earlier steps."""
     from tiny import make_model

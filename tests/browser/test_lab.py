@@ -117,14 +117,6 @@ def begin(page, *more, **options):
 
 
 @pytest.fixture(scope="module")
-def driver():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def page(driver, tmp_path_factory):
     with lab(driver, tmp_path_factory.mktemp("lab")) as found:
         yield found

@@ -30,14 +30,6 @@ STARTED = """() => {
 
 
 @pytest.fixture
-def driver():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as found:
-        yield found
-
-
-@pytest.fixture
 def tickets(mongo_uri):
     """The URI of a database with chats."""
     from llmnb import Collection, connect

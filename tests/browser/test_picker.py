@@ -28,14 +28,6 @@ FAULT = "(t) => [...document.querySelectorAll('.llmnb-picker-box .llmnb-alert')]
 
 
 @pytest.fixture
-def driver():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as found:
-        yield found
-
-
-@pytest.fixture
 def runs(mongo_uri, tiny_llama, tmp_path):
     """The URI of a database with a LoRA run of three checkpoints and a run of all weights; and the runs' ids."""
     from llmnb import LLM, Collection, LLMTrainer, connect

@@ -67,6 +67,16 @@ def test_base_and_adapter_answer_side_by_side_from_one_process(chat, tuned):
     assert isinstance("".join(chat.ask(messages, adapter=folder, max_new_tokens=4)), str)
 
 
+def test_an_adapter_is_read_before_it_is_asked_and_a_bad_one_harms_nothing(chat, tuned, tmp_path):
+    folder, with_adapter, without = tuned
+    for prepared, asked, wanted in ((folder, folder, with_adapter), (folder, None, without), (tmp_path, None, without)):
+        chat.prepare(prepared)
+        assert "".join(chat.ask("7+1=", adapter=asked, max_new_tokens=8)) == wanted
+    closed = ChatProcess(ModelSpec(model_name_or_path="nowhere"))
+    closed.prepare(folder)
+    assert not closed.alive, "no process is started for it"
+
+
 def test_an_error_is_raised_here_and_the_process_lives_on(chat, tmp_path):
     with pytest.raises(ModelError, match="nowhere"):
         list(chat.ask("hello", adapter=tmp_path / "nowhere"))

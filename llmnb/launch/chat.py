@@ -84,6 +84,13 @@ class ChatProcess:
         self._last = Answer(self, {"question": _plain(question), "adapter": _folder(adapter), "options": sampling})
         return self._last
 
+    def prepare(self, adapter: str | Path | None) -> None:
+        """Reads an adapter beside the base, so that the next question to it need not wait. Starts no process."""
+        child = self._child
+        if child is not None and child.alive:
+            with contextlib.suppress(ModelError):  # it is ending
+                child.send({"prepare": _folder(adapter)})
+
     def _begin(self) -> tuple[_Child, int]:
         with self._lock:
             if self._timer is not None:
@@ -347,12 +354,23 @@ class _Server:
             if "spec" in message:
                 self._spec = ModelSpec.from_json(message["spec"])
                 continue
+            if "prepare" in message:
+                self._prepare(message["prepare"])
+                continue
             number = int(message["ask"])
             try:
                 self._answer(number, message)
             except Exception as error:  # noqa: BLE001 - the border of the process: the caller raises it
                 self._say({"number": number, "error": base64.b64encode(pickle.dumps(_own(error))).decode()})
                 error.__traceback__ = None  # its frames hold tensors
+
+    def _prepare(self, adapter: str | None) -> None:
+        if self._answerer is None:
+            return
+        try:
+            self._answerer.swap(Path(adapter) if adapter else None)
+        except Exception as error:  # noqa: BLE001 - the border of the process: the question to it will say why
+            error.__traceback__ = None  # its frames hold tensors
 
     def _answer(self, number: int, message: Mapping[str, Any]) -> None:
         told: dict[str, Any] = {}

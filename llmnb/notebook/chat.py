@@ -53,6 +53,11 @@ class Chats:
         wanted = {**thaw(speaker.spec.predict_kwargs), **sampling}
         return self._process(speaker.spec).ask(question, adapter=speaker.adapter, **wanted)
 
+    def prepare(self, speaker: Speaker) -> None:
+        """Reads its adapter beside a base that is in memory; loads no base."""
+        if self.ready(speaker):
+            self._process(speaker.spec).prepare(speaker.adapter)
+
     def ready(self, speaker: Speaker) -> bool:
         """True when its base is in memory."""
         with self._lock:

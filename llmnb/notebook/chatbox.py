@@ -7,6 +7,7 @@ moment runs on threads. The conversation lives here, so that a page that is load
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -177,6 +178,17 @@ class ChatBox:
             self._chosen, self._trouble = names, ""
             self._state()
         self._do(self._look)
+        self._do(self._prepare)
+
+    def _prepare(self) -> None:
+        """While a question is being typed. What cannot be read is said when it is asked."""
+        with self._lock:
+            names = list(self._chosen)
+        if not len(self._session.chats()):
+            return
+        for name in names:
+            with contextlib.suppress(LlmnbError):
+                self._session.chats().prepare(who_can.speaker(self._database, name, names, self._form))
 
     def refresh(self) -> None:
         """Looks again at who can be asked; called when a checkpoint was saved."""

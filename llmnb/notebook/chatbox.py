@@ -12,7 +12,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import anywidget
@@ -23,25 +22,21 @@ from ..errors import ConfigError, DataError, Fault, LlmnbError
 from . import chat as chats
 from . import speakers as who_can
 from . import still
+from .page import script, style
 
 __all__ = ["ChatBox", "ChatWidget"]
 
-_STATIC = Path(__file__).parent / "static"
 _EVERY = 0.1  # seconds between two messages about one answer
 _UNHEARD = 0.25  # seconds between two messages with everything, while no page has said that it listens
 _KEEP_EVERY = 5.0  # seconds between two pictures for the saved file
 _FIELDS = ("max_new_tokens", "temperature", "top_p", "seed")
 
 
-def _text(name: str) -> str:
-    return (_STATIC / name).read_text(encoding="utf-8")
-
-
 class ChatWidget(anywidget.AnyWidget):
     """The widget. Only its ``send`` is used from threads; it has no traits of its own."""
 
-    _esm = _text("chatbox.js")
-    _css = _text("live.css") + "\n" + _text("chatbox.css")
+    _esm = script("chatbox.js")
+    _css = style("chatbox.css")
 
 
 class ChatBox:

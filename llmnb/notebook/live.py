@@ -13,7 +13,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import anywidget
@@ -25,6 +24,7 @@ from .. import series
 from ..series import Average, Curve, Picture, Points
 from . import still
 from .beside import Beside
+from .page import script, style
 from .poller import GONE
 from .steering import DOING, Steering, loses, reasons
 from .still import title_of
@@ -33,7 +33,6 @@ from .words import status
 
 __all__ = ["CHOICES", "LiveChart", "LiveView", "buffers_of"]
 
-_STATIC = Path(__file__).parent / "static"
 _ROOM = 6000  # points in the page before it gets a fresh, smaller snapshot
 _KEEP_EVERY, _KEEP_SELDOM = 10.0, 60.0  # seconds between two pictures for the saved file, at first and in the end
 _RESEND_EVERY = 2.0  # seconds between snapshots while no page has said that it listens
@@ -44,15 +43,11 @@ _SERIES = ("loss", "eval_loss", "learning_rate", "grad_norm")
 CHOICES: Mapping[str, Any] = {"smooth": 0.6, "log": False, "zoom": None, "printed": False, "compare": []}
 
 
-def _text(name: str) -> str:
-    return (_STATIC / name).read_text(encoding="utf-8")
-
-
 class LiveChart(anywidget.AnyWidget):
     """The widget. Only its ``send`` is used from threads; its traits never change."""
 
-    _esm = "\n".join(_text(name) for name in ("uplot/uPlot.iife.min.js", "live_charts.js", "live_parts.js", "live.js"))
-    _css = _text("uplot/uPlot.min.css") + "\n" + _text("live.css")
+    _esm = script("uplot/uPlot.iife.min.js", "live_charts.js", "live_parts.js", "live.js")
+    _css = style("uplot/uPlot.min.css")
     run = traitlets.Unicode("").tag(sync=True)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import html
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import anywidget
@@ -19,22 +18,17 @@ from IPython.display import DisplayHandle, display
 from .. import form
 from ..errors import ConfigError, DatabaseError, LlmnbError
 from . import panel_data, still
+from .page import script, style
 from .tables import short
 
 __all__ = ["Panel", "TrainPanel"]
-
-_STATIC = Path(__file__).parent / "static"
-
-
-def _text(name: str) -> str:
-    return (_STATIC / name).read_text(encoding="utf-8")
 
 
 class TrainPanel(anywidget.AnyWidget):
     """The widget. Only its ``send`` is used from threads; it has no traits of its own."""
 
-    _esm = _text("panel_rows.js") + "\n" + _text("panel.js")
-    _css = _text("live.css") + "\n" + _text("panel.css")
+    _esm = script("panel_rows.js", "panel.js")
+    _css = style("panel.css")
 
 
 class Panel:

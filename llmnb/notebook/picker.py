@@ -12,7 +12,6 @@ import html
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import anywidget
@@ -21,21 +20,16 @@ from IPython.display import DisplayHandle, display
 
 from ..errors import LlmnbError
 from . import picker_data, still
+from .page import script, style
 
 __all__ = ["Picker", "PickerTable", "PickerView"]
-
-_STATIC = Path(__file__).parent / "static"
-
-
-def _text(name: str) -> str:
-    return (_STATIC / name).read_text(encoding="utf-8")
 
 
 class PickerTable(anywidget.AnyWidget):
     """The widget. Only its ``send`` is used from threads; it has no traits of its own."""
 
-    _esm = _text("picker.js")
-    _css = _text("live.css") + "\n" + _text("picker.css")
+    _esm = script("picker.js")
+    _css = style("picker.css")
 
 
 class Picker:

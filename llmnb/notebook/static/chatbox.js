@@ -1,7 +1,6 @@
 // The chat. It draws what the kernel says and says back what the person does; the kernel keeps the conversation. Each
 // render says `ready` and gets everything. Whatever a model or a person wrote becomes text, never markup.
 
-const ids = { next: 0 };
 const MOST = 4;
 const FIELDS = [
   ["max_new_tokens", "max new tokens", "256", "at most so many tokens are answered"],
@@ -9,21 +8,6 @@ const FIELDS = [
   ["top_p", "top p", "1", "only the likeliest tokens that make up this share are drawn"],
   ["seed", "seed", "any", "the same seed draws the same answer; every column uses the same"],
 ];
-
-// Lab's one-letter commands must not act while a control of ours has the focus. Text fields are left alone by Lab.
-function element(tag, name = "", attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  if (tag === "button" || tag === "select" || attributes.type === "checkbox") node.setAttribute("data-lm-suppress-shortcuts", "true");
-  if (tag === "button") node.type = "button";
-  node.append(...children);
-  return node;
-}
-
-function say(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
 
 function button(words, act, name = "llmnb-link") {
   const node = element("button", name, {}, words);

@@ -69,10 +69,6 @@ function roomFor(step, total) {
   return total && total >= step ? Math.min(room, total) : room;
 }
 
-function number(value) {
-  return Math.round(value).toString().replace(/\B(?=(\d{3})+(?!\d))/g, "\u202f");
-}
-
 function figure(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   if (value !== 0 && (Math.abs(value) < 0.001 || Math.abs(value) >= 1e6)) return value.toPrecision(3);
@@ -192,7 +188,7 @@ class LossChart extends Chart {
 
   options() {
     const ink = () => this.owner.ink;
-    const common = this.common(12);
+    const common = this.common(20);
     const more = Array.from({ length: this.others }, (_, i) => ({ stroke: () => ink().others[i], width: 1.5, dash: DASHES[i], points: { show: false } }));
     return {
       ...common,

@@ -1,21 +1,5 @@
 // The parts of the run view that are words: keys, progress, controls, the log, other runs. They know the page only.
 
-// Lab's one-letter commands must not act while a control of ours has the focus.
-function element(tag, name, attributes = {}, text = "") {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  if (tag === "button") node.type = "button";
-  if (tag === "button" || attributes.type === "checkbox") node.setAttribute("data-lm-suppress-shortcuts", "true");
-  if (text) node.textContent = text;
-  return node;
-}
-
-// Words change in place, and only when they differ, so that nothing moves and no screen reader repeats itself.
-function say(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
-
 function list(parent, pairs, name) {
   while (parent.children.length > pairs.length) parent.lastChild.remove();
   pairs.forEach(([label, value], i) => {

@@ -1,27 +1,6 @@
 // The rows of the training panel and the rows of data under them. Nothing here knows the kernel: a line tells its view
 // what was typed. This text stands in front of panel.js (see panel.py).
 
-const ids = { next: 0 };
-
-// Lab's one-letter commands must not act while a control of ours has the focus. Text fields are left alone by Lab.
-function element(tag, name = "", attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  if (tag === "button" || tag === "select" || attributes.type === "checkbox") node.setAttribute("data-lm-suppress-shortcuts", "true");
-  if (tag === "button") node.type = "button";
-  node.append(...children);
-  return node;
-}
-
-function say(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
-
-function number(value) {
-  return Math.round(value).toString().replace(/\B(?=(\d{3})+(?!\d))/g, "\u202f");
-}
-
 function percent(share) {
   return share > 0 && share < 0.01 ? `${(100 * share).toFixed(1)} %` : `${Math.round(100 * share)} %`;
 }

@@ -1,24 +1,8 @@
 // The checkpoint picker. It draws what the kernel says and says back what the person chooses; the kernel keeps both.
 // Each render says `ready` and gets everything. A click is answered here, at once, and carried out there.
 
-const ids = { next: 0 };
 const MOST = 4; // answers side by side
 const LOOK_EVERY = 10000; // milliseconds; a run that goes on saves checkpoints
-
-// Lab's one-letter commands must not act while a control of ours has the focus. Text fields are left alone by Lab.
-function element(tag, name = "", attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  if (tag === "button" || tag === "select" || attributes.type === "checkbox") node.setAttribute("data-lm-suppress-shortcuts", "true");
-  if (tag === "button") node.type = "button";
-  node.append(...children);
-  return node;
-}
-
-function say(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
 
 function ago(seconds) {
   if (seconds < 45) return "just now";

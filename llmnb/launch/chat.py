@@ -14,7 +14,6 @@ import os
 import pickle
 import queue
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,6 +24,7 @@ from typing import IO, Any
 
 from ..config import ModelSpec
 from ..errors import LlmnbError, ModelError
+from . import aside
 
 __all__ = ["IDLE", "Answer", "ChatProcess"]
 
@@ -226,20 +226,9 @@ class _Child:
     """The running process, its pipes, and who waits for which answer."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        root = str(Path(__file__).resolve().parents[2])
-        paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        env = {k: v for k, v in os.environ.items() if k not in ("LLMNB_URI", "MPLBACKEND")}
-        env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the child: a pipe would have to be drained
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "llmnb.launch.chat"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=env,
-            start_new_session=True,  # an interrupt typed at the caller's terminal is the caller's
-        )
-        self._end = weakref.finalize(self, _finish, self.process)
+        self.process = aside.start("chat", self._log)
+        self._end = weakref.finalize(self, aside.finish, self.process)
         self._writing = threading.Lock()
         self._listeners: dict[int, queue.SimpleQueue[dict[str, Any]]] = {}
         self._gone = False
@@ -297,18 +286,6 @@ class _Child:
 
     def close(self) -> None:
         self._end()
-
-
-def _finish(process: subprocess.Popen[bytes]) -> None:
-    """Its input ends, then it does; when it is stuck, it is killed."""
-    with contextlib.suppress(OSError):
-        if process.stdin is not None:
-            process.stdin.close()
-    try:
-        process.wait(2.0)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait(5.0)
 
 
 def _read(pipe: IO[bytes], child: weakref.ref[_Child]) -> None:

@@ -13,7 +13,6 @@ import json
 import os
 import pickle
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from ..config import ModelSpec, TrainConfig
 from ..engine.proof import MergeReport, Probe
 from ..errors import LlmnbError, ModelError, NotFound
 from ..folders import discard, place
+from . import aside
 
 if TYPE_CHECKING:
     from ..store import Store
@@ -155,7 +155,7 @@ class MergeProcess:
             ModelError: the process ended (out of memory, mostly), or was stopped. Nothing is left of the folder.
         """
         with tempfile.TemporaryFile() as log:
-            process = self._process = _started(log)
+            process = self._process = aside.start("merging", log)
             if self._stopped:
                 process.kill()
             report = None
@@ -174,7 +174,9 @@ class MergeProcess:
                     elif say is not None:
                         say(said["says"])
             finally:
-                _finish(process)
+                aside.finish(process)
+                if process.stdout is not None:
+                    process.stdout.close()
                 if report is None:
                     discard(job.out, process.pid)
             if report is None:
@@ -196,39 +198,10 @@ class MergeProcess:
             self._process.kill()
 
 
-def _started(log: IO[bytes]) -> subprocess.Popen[bytes]:
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    env = {k: v for k, v in os.environ.items() if k not in ("LLMNB_URI", "MPLBACKEND")}
-    env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    return subprocess.Popen(
-        [sys.executable, "-m", "llmnb.launch.merging"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        env=env,
-        start_new_session=True,  # an interrupt typed at the caller's terminal is the caller's
-    )
-
-
 def _pickled(job: MergeJob) -> bytes:
     import cloudpickle
 
     return bytes(cloudpickle.dumps(job))  # a notebook's own transform travels by value
-
-
-def _finish(process: subprocess.Popen[bytes]) -> None:
-    """Its input ends, then it does; when it is stuck, it is killed."""
-    with contextlib.suppress(OSError):
-        if process.stdin is not None:
-            process.stdin.close()
-    try:
-        process.wait(2.0)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait(5.0)
-    if process.stdout is not None:
-        process.stdout.close()
 
 
 # --- the other end --------------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import IO, Any
 
 from ..config import ModelSpec, TrainConfig
 from ..errors import LlmnbError, ModelError
+from . import aside
 
 __all__ = ["PreviewProcess"]
 
@@ -93,19 +93,8 @@ class PreviewProcess:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
-            root = str(Path(__file__).resolve().parents[2])
-            paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-            env = {k: v for k, v in os.environ.items() if k not in ("LLMNB_URI", "MPLBACKEND")}
-            env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
             self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the child: a pipe would have to be drained
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "llmnb.launch.preview"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                env=env,
-                start_new_session=True,  # an interrupt typed at the caller's terminal is the caller's
-            )
+            self._process = aside.start("preview", self._log)
             weakref.finalize(self, _finish, self._process)
         return self._process
 

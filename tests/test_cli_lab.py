@@ -46,6 +46,13 @@ def test_in_their_own_folder_nothing_is_copied(tmp_path, monkeypatch):
     assert line[-3:] == ["--no-browser", "--port", "9000"] and "--ServerApp.ip=127.0.0.1" in line
 
 
+def test_every_package_of_ours_travels():
+    from setuptools import find_packages
+
+    listed = re.search(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S | re.M).group(1)
+    assert re.findall(r'"(.*?)"', listed) == [*sorted(find_packages(str(ROOT), include=["llmnb*"])), "llmnb.tutorials"]
+
+
 def test_without_jupyterlab_it_says_what_to_install(monkeypatch, capsys):
     found = lab.importlib.util.find_spec
     monkeypatch.setattr(lab.importlib.util, "find_spec", lambda name: None if name == "jupyterlab" else found(name))
@@ -59,7 +66,7 @@ def test_the_tutorials_travel_in_the_wheel(tmp_path):
     pytest.importorskip("setuptools", minversion="77")
     tree = tmp_path / "tree"
     tree.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     for name in ("llmnb", "notebooks"):
         left_out = shutil.ignore_patterns("__pycache__", ".llmnb", ".ipynb_checkpoints")

@@ -39,7 +39,7 @@ def train(spec: Any, config: Any, data: Any, hooks: Hooks, *, workdir: Path, **m
     for step in range(begin + 1, steps + 1):
         letter = hooks.control()
         if letter:
-            if letter == "stop":
+            if letter == "stop" and not (workdir / f"checkpoint-{done}").exists():
                 _save(hooks, workdir, spec, done, {}, False)
             return TrainResult(done, done, stopped=True, best_step=best_step)
         time.sleep(pause)

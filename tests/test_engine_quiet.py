@@ -23,8 +23,11 @@ def test_remarks_are_kept_away_and_errors_are_not(caplog):
     assert [str(w.message) for w in seen] == ["yours"]
 
 
-def test_afterwards_all_is_as_it_was(caplog):
+def test_afterwards_all_is_as_it_was(caplog, monkeypatch):
     logger = logging.getLogger("peft")
+    for name, value in (("disabled", False), ("propagate", True), ("level", logging.WARNING)):
+        monkeypatch.setattr(logger, name, value)  # whatever a library did to it in a test before
+    logger.manager._clear_cache()
     before = (logger.level, list(logger.filters), list(warnings.filters))
     try:
         with hushed():

@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from llmnb import LLM, Collection, LLMTrainer, connect
@@ -355,9 +354,9 @@ def test_trap22_a_letter_reaches_all_ranks_and_a_failure_brings_its_ranks_own_tr
     assert db.load("model", "sums").checkpoint.experiment == run.id  # the version before still answers
 
 
-def train_workers() -> set[int]:
-    """Process ids of all ranks on this machine."""
-    return {p.pid for p in psutil.process_iter(["name"]) if (p.info["name"] or "").startswith("ray::RayTrainWo")}
+def train_workers(home) -> set[int]:
+    """Process ids of all ranks on this home's cluster."""
+    return {p.pid for p in cluster._marked(cluster._mark(home)) if p.name().startswith("ray::RayTrainWo")}
 
 
 @pytest.mark.ray
@@ -367,15 +366,15 @@ def train_workers() -> set[int]:
     ("number", "rank", "said"),
     [(signal.SIGKILL, 1, "Worker 1 of 2 died without a word"), (signal.SIGTERM, 0, "Worker 0 of 2 .*")],
 )
-def test_a_worker_that_is_killed_is_named(number, rank, said, db, tiny_llama, tmp_path):
-    others = train_workers()
+def test_a_worker_that_is_killed_is_named(number, rank, said, db, home, tiny_llama, tmp_path):
+    others = train_workers(home)
     run = db.apply(
         model(tiny_llama, tmp_path, per_device_train_batch_size=1, num_gpus=2, max_steps=5000, save_steps=5000),
         wait=False,
     )
     wait_for(run.metrics)
     rank0 = run.record["rank0"]["pid"]
-    (rank1,) = [pid for pid in train_workers() - others if pid != rank0] if rank else (None,)
+    (rank1,) = [pid for pid in train_workers(home) - others if pid != rank0] if rank else (None,)
     os.kill(rank1 if rank else rank0, number)
     with pytest.raises(RunError, match=said) as caught:
         run.wait(120)

@@ -321,8 +321,8 @@ def test_training_from_a_cell_is_seen_live(driver, tmp_path, mongo_uri, tiny_lla
         "from llmnb import Collection\n"
         "_ = db.execute(Collection('docs').insert_many([{'text': f'{i}+1={i + 1}'} for i in range(60)]))",
         "%llm_data docs",
-        f"run = %llm_train --model {tiny_llama} --identifier sums --collection docs --key text --max_steps 150 "
-        "--logging_steps 1 --per_device_train_batch_size 1 --eval_strategy steps --eval_steps 50 --save_steps 50 "
+        f"run = %llm_train --model {tiny_llama} --identifier sums --collection docs --key text --max_steps 900 "
+        "--logging_steps 1 --per_device_train_batch_size 1 --eval_strategy steps --eval_steps 300 --save_steps 300 "
         "--start",
         "%llm_checkpoints",
         "%%llm_chat --compare base --max_new_tokens 12\n7+1=",
@@ -345,7 +345,7 @@ def test_training_from_a_cell_is_seen_live(driver, tmp_path, mongo_uri, tiny_lla
             live.get_by_role("button", name="Stop and keep").click()
             page.until(STATUS, 120, "stopped")
             seen = int(page.attribute("data-points"))
-            assert seen < 150, "it was stopped in time"
+            assert seen < 900, "it was stopped in time"
 
             # a new kernel knows the run from its database, and goes on with it
             page.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
@@ -364,13 +364,13 @@ def test_training_from_a_cell_is_seen_live(driver, tmp_path, mongo_uri, tiny_lla
             page.page.set_viewport_size({"width": 1300, "height": 1000})
             again.get_by_role("button", name="Resume").click()
             page.until("() => [...document.querySelectorAll('.llmnb-live')].at(-1).dataset.status === 'done'", 180)
-            assert again.get_attribute("data-points") == "150"
+            assert again.get_attribute("data-points") == "900"
             rows = page.output(7).locator(".llmnb-picker-box")
-            rows.locator("tbody tr").filter(has_text="150").wait_for(timeout=30_000)  # it looks when one was saved
-            assert "100" in rows.inner_text() and "150" in rows.inner_text(), "its checkpoints, under it"
+            rows.locator("tbody tr").filter(has_text="900").wait_for(timeout=30_000)  # it looks when one was saved
+            assert "300" in rows.inner_text() and "900" in rows.inner_text(), "its checkpoints, under it"
             assert "all its steps are done" in again.locator(".llmnb-why").inner_text()
             page.run(5)
-            assert "150" in page.output(5).inner_text()
+            assert "900" in page.output(5).inner_text()
             page.run(6)
             answers = page.output(6).locator(".llmnb-chat-text")
             assert answers.count() == 2

@@ -4,6 +4,7 @@
 
 const ENDED = ["done", "failed", "stopped", "lost"];
 const PATIENCE = 8000;
+const HEARD_WITHIN = 3000; // milliseconds that a choice needs to the kernel and back, at most
 
 class View {
   constructor(el, model, shared) {
@@ -81,6 +82,7 @@ class View {
 
   choose(choices) {
     Object.assign(this.shared.status.choices, choices);
+    for (const name of Object.keys(choices)) this.shared.chosen.set(name, Date.now());
     this.model.send({ kind: "choose", choices });
     this.shared.draw();
   }
@@ -223,7 +225,7 @@ class View {
 }
 
 function sharedOf() {
-  const shared = { seq: -1, curve: null, status: null, detail: null, log: null, runs: null, others: { runs: [], table: null, trouble: "" }, pending: "", silent: "", wrong: "", views: new Set(), asked: 0 };
+  const shared = { seq: -1, curve: null, status: null, detail: null, log: null, runs: null, others: { runs: [], table: null, trouble: "" }, pending: "", silent: "", wrong: "", views: new Set(), asked: 0, chosen: new Map() };
   shared.draw = () => shared.views.forEach((view) => view.draw());
   shared.words = () => shared.views.forEach((view) => view.words());
   return shared;
@@ -244,6 +246,9 @@ export default () => {
     shared.seq = message.seq;
     shared.silent = "";
     if ("doing" in message.status || "state" in message.status || "said" in message.status) shared.pending = "";
+    const { choices } = message.status;
+    // An answer to a choice before must not take back the newest one.
+    if (choices && shared.status) for (const [name, at] of shared.chosen) if (Date.now() - at < HEARD_WITHIN) choices[name] = shared.status.choices[name];
     shared.status = { ...shared.status, ...message.status };
     shared.draw();
   };

@@ -2,6 +2,7 @@
 // Each render says `ready` and gets everything. A click is answered here, at once, and carried out there.
 
 const MOST = 4; // answers side by side
+const HEARD_WITHIN = 3000; // milliseconds that a choice needs to the kernel and back, at most
 const LOOK_EVERY = 10000; // milliseconds; a run that goes on saves checkpoints
 
 function ago(seconds) {
@@ -168,7 +169,7 @@ class View {
     // what is out of sight is not acted upon
     const names = new Set((this.shared.list.rows || []).filter((row) => !filter || row.experiment === filter).map((row) => row.name));
     this.shared.chosen = chosen.filter((name) => names.has(name));
-    this.shared.filter = filter;
+    Object.assign(this.shared, { filter, chose: Date.now() });
     this.sure = false;
     this.fold();
     this.send({ kind: "choose", names: this.shared.chosen, filter });
@@ -385,12 +386,16 @@ class View {
 }
 
 export default () => {
-  const shared = { list: { rows: null, more: 0, trouble: "", experiment: null }, doing: { busy: null, result: null }, chosen: [], filter: "", told: Date.now() / 1000, heard: performance.now(), waits: false, views: new Set() };
+  const shared = { list: { rows: null, more: 0, trouble: "", experiment: null }, doing: { busy: null, result: null }, chosen: [], filter: "", told: Date.now() / 1000, heard: performance.now(), waits: false, chose: 0, views: new Set() };
   shared.draw = () => shared.views.forEach((view) => view.draw());
   const take = ({ kind, content }) => {
     if (!content) return;
     Object.assign(shared, { told: content.now, heard: performance.now() });
-    if (kind === "all") Object.assign(shared, { list: content.list, doing: content.doing, chosen: content.chosen, filter: content.filter });
+    if (kind === "all") {
+      Object.assign(shared, { list: content.list, doing: content.doing });
+      // What the kernel said before it heard of the newest choice must not take it back.
+      if (Date.now() - shared.chose > HEARD_WITHIN) Object.assign(shared, { chosen: content.chosen, filter: content.filter });
+    }
     else if (kind === "list") {
       shared.list = content;
       const there = new Set((content.rows || []).map((row) => row.name));

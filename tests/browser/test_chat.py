@@ -280,7 +280,7 @@ def under_the_run(page, tmp_path):
     page.run(5)
     chat, picker = Chat(page, 5), page.output(5).locator(".llmnb-picker-box")
     chat.box.get_by_role("combobox", name="Answers").wait_for()
-    picker.get_by_role("row").filter(has_text="40").first.click()
+    picker.locator('tr[data-name$="/40"]').click()
     picker.get_by_role("button", name="Compare with base").click()
     chat.box.get_by_role("combobox", name="Answers in column 2").wait_for()
     page.until("() => document.activeElement.matches('.llmnb-prompt')")

@@ -366,8 +366,8 @@ def test_training_from_a_cell_is_seen_live(driver, tmp_path, mongo_uri, tiny_lla
             page.until("() => [...document.querySelectorAll('.llmnb-live')].at(-1).dataset.status === 'done'", 180)
             assert again.get_attribute("data-points") == "900"
             rows = page.output(7).locator(".llmnb-picker-box")
-            rows.locator("tbody tr").filter(has_text="900").wait_for(timeout=30_000)  # it looks when one was saved
-            assert "300" in rows.inner_text() and "900" in rows.inner_text(), "its checkpoints, under it"
+            rows.locator('tbody tr[data-name$="/900"]').wait_for(timeout=30_000)  # it looks when one was saved
+            assert rows.locator('tbody tr[data-name$="/300"]').count() == 1, "its checkpoints, under it"
             assert "all its steps are done" in again.locator(".llmnb-why").inner_text()
             page.run(5)
             assert "900" in page.output(5).inner_text()

@@ -62,19 +62,20 @@ class RowReport:
 
 @dataclass
 class Count:
-    """A number of documents and the first of their _ids."""
+    """A number of documents and their _ids; of many, the first."""
 
     number: int = 0
     ids: list[str] = field(default_factory=list)
+    kept: int = _NAMED
 
     def add(self, identifier: str) -> None:
         self.number += 1
-        if len(self.ids) < _NAMED:
+        if len(self.ids) < self.kept:
             self.ids.append(identifier)
 
     def __str__(self) -> str:
-        more = ", …" if self.number > len(self.ids) else ""
-        return f"_id {', '.join(self.ids)}{more}"
+        more = ", …" if self.number > _NAMED else ""
+        return f"_id {', '.join(self.ids[:_NAMED])}{more}"
 
 
 @dataclass

@@ -23,6 +23,7 @@ _HOMES = {
     "TextClassification": "pipelines",
     "connect": "db",
     "errors": "errors",
+    "inspect": "db",
     "plot": "notebook.plots",
 }
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint as Checkpoint
     from .db import Datalayer as Datalayer
     from .db import connect as connect
+    from .db import inspect as inspect
     from .llm import LLM as LLM
     from .pipelines import Pipeline as Pipeline
     from .pipelines import TextClassification as TextClassification

@@ -148,7 +148,9 @@ class TrainConfig(_Json):
     )
     chat_template: str | None = setting(None, help="a Jinja chat template when the tokenizer has none")
     max_cut_share: float = setting(
-        0.1, "share of rows", "a run refuses to start when more rows than this are left without a label"
+        0.1,
+        "share of rows",
+        "a run refuses to start when more rows than this are left out or lose the end of an answer",
     )
     prompt_template: str | None = setting(None, help="None: the model's own")
     padding_free: bool = setting(False, help="rows end to end without padding: same rows, steps and loss, less work")

@@ -15,12 +15,14 @@ from .config import ModelSpec, TrainConfig
 from .engine.proof import MergeReport
 from .errors import ConfigError, DataError, Fault, LlmnbError, NotFound, near
 from .events import Event
+from .inspection import Inspection
+from .launch.inspecting import inspect as inspect_rows
 from .launch.machine import gpus_visible
 from .launch.merging import MergeProcess, prepare
 from .launch.run import Run
 from .launch.start import check, launch
 from .llm import LLM
-from .model import Model, connected
+from .model import Model, connected, databases
 from .pipelines import Pipeline, TextClassification
 from .query import Query
 from .store import Store, open_store
@@ -28,7 +30,7 @@ from .store.exporting import export
 from .talks import Talks
 from .trainer import LLMTrainer, Parcel, settle
 
-__all__ = ["Datalayer", "connect"]
+__all__ = ["Datalayer", "connect", "inspect"]
 
 _CLASSES: dict[str, type[LLM] | type[Pipeline]] = {"causal-lm": LLM, "text-classification": TextClassification}
 KINDS = ("checkpoint", "model", "run", "trainer")
@@ -50,6 +52,34 @@ def connect(uri: Any = None, *, artifacts: str | None = None, home: str | Path |
         EmbeddedError: the embedded mongod cannot be found or started.
     """
     return Datalayer(open_store(uri, artifacts=artifacts, home=home))
+
+
+def inspect(
+    trainer: LLMTrainer | Model, model: Model | str | Path | None = None, db: Datalayer | None = None
+) -> Inspection:
+    """What a training would see of the documents, and what is wrong with them, without training.
+
+    Args:
+        trainer: an ``LLMTrainer``, or an ``LLM`` that has one.
+        model: whose tokenizer reads: an ``LLM``, a hub id or a folder. Not needed when an LLM is given first.
+        db: where the documents are; None: the database that was connected last, else ``connect()``.
+
+    Returns:
+        See ``Datalayer.inspect``, which does it.
+
+    Raises:
+        ConfigError: settings are wrong; no model.
+        DataError: the selection is empty; chats, and no chat template.
+        ModelError: the tokenizer cannot be loaded.
+    """
+    if isinstance(trainer, Model):
+        model, trainer = trainer, trainer.trainer  # type: ignore[assignment]
+    elif model is None:
+        raise ConfigError([Fault("model", "is needed: its tokenizer reads the documents", "inspect(trainer, 'name')")])
+    if not isinstance(model, Model):
+        model = LLM("inspected", str(model))
+    known = db or next((found for found in databases(None) if isinstance(found, Datalayer)), None) or connect()
+    return known.inspect(model, trainer)  # type: ignore[arg-type]
 
 
 class Datalayer(Talks):
@@ -138,6 +168,33 @@ class Datalayer(Talks):
         )
         model._follow(self, run.id)
         return run
+
+    def inspect(self, model: Model, trainer: LLMTrainer | None = None) -> Inspection:
+        """What a training would see of the documents, and what is wrong with them, without training.
+
+        It runs in a process of its own, with the code that makes a training's rows; no weights are loaded.
+
+        Args:
+            model: an ``LLM``; its tokenizer, prompt_template and context count.
+            trainer: None: the model's own.
+
+        Returns:
+            Counts, lengths, faults with the _ids of the documents that have them, and rows as coloured tokens.
+
+        Raises:
+            ConfigError: settings are wrong, or there is no trainer.
+            DataError: the selection is empty; chats, and no chat template.
+            ModelError: the tokenizer cannot be loaded.
+        """
+        spec = model.spec()
+        trainer = trainer or model.trainer
+        if trainer is None:
+            raise ConfigError([Fault("trainer", "is needed: it says which documents and which key", "LLMTrainer(…)")])
+        if spec.task != "causal-lm":
+            raise LlmnbError("Only the rows of language models are inspected.", seen=f"task {spec.task}")
+        parcel = settle(trainer, spec)
+        self._check_data(parcel.config)
+        return inspect_rows(self.store, spec, parcel.config, parcel.transform)
 
     def _add_version(self, model: Model, config: TrainConfig | None) -> int:
         version = self.store.models.add(model.spec(), config)

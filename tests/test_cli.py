@@ -431,7 +431,7 @@ def test_merge_export_and_remove(trained, tmp_path, capsys):
 
 
 @pytest.mark.mongod
-def test_runs_watch_show(trained, capsys):
+def test_runs_watch_show(trained, tiny_llama, capsys):
     _, uri, home, db = trained
     where = ["--uri", uri, "--home", str(home)]
     run = db.show("run")[-1]
@@ -454,6 +454,11 @@ def test_runs_watch_show(trained, capsys):
     assert main(["data", "sums", *where]) == 0
     said = capsys.readouterr().out
     assert "_fold" in said and "0+1=" in said
+    assert main(["data", "sums", "--model", tiny_llama, "--key", "q,a", *where]) == 0
+    said = capsys.readouterr().out
+    assert "rows of" in said and "read only <s>" in said
+    assert main(["data", "sums", "--key", "q,a", *where]) == 1
+    assert "--model M" in capsys.readouterr().err
     assert main(["data", "sum", *where]) == 1
     assert "did you mean 'sums'" in capsys.readouterr().err
     for more in ([], ["--now"]):

@@ -9,8 +9,8 @@ import numpy as np
 import psutil
 import pytest
 
-import llmnb.launch.preview as preview_module
 from llmnb.config import ModelSpec, TrainConfig
+from llmnb.engine.looking import tokens_of
 from llmnb.errors import LlmnbError, ModelError
 from llmnb.launch.preview import PreviewProcess
 
@@ -72,11 +72,11 @@ class OneRow:
 
 
 def test_a_long_row_is_shown_near_its_first_trained_token():
-    row = preview_module._shown(Letters(), OneRow("p" * 3000, "answer" + "x" * 900), 0)
+    row = tokens_of(Letters(), OneRow("p" * 3000, "answer" + "x" * 900), 0)
     assert row["length"] == 3906 and row["trained"] == 906
     assert (row["before"], row["after"], len(row["tokens"])) == (2800, 706, 400)
     assert text_of(row, True).startswith("answer") and set(text_of(row, False)) == {"p"}
-    short = preview_module._shown(Letters(), OneRow("p" * 10, "answer"), 0)
+    short = tokens_of(Letters(), OneRow("p" * 10, "answer"), 0)
     assert (short["before"], short["after"]) == (0, 0) and text_of(short) == "p" * 10 + "answer"
 
 

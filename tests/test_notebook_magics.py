@@ -365,6 +365,17 @@ def test_data_lists_collections_and_looks_into_one(ready):
     assert isinstance(result.error_in_exec, NotFound) and "'docs'" in said
 
 
+def test_data_is_inspected_as_a_model_reads_it(ready, tiny_llama):
+    said, _ = run(ready, f"t = %llm_data docs --model {tiny_llama} --key text --max_seq_length 4")
+    found = ready.user_ns["t"]
+    assert found.rows[0].found + found.rows[1].found == 40 and found.facts.limit == 4 and "cut" in found.kinds
+    said, _ = run(ready, f"t = %llm_data docs --model {tiny_llama} --key text --row {found.shown[0].id}")
+    assert repr(ready.user_ns["t"]).startswith(f"train, _id {found.shown[0].id}: ")
+    for line in ("docs --key text", "docs --row 3"):
+        said, result = run(ready, f"%llm_data {line}")
+        assert isinstance(result.error_in_exec, ConfigError) and "--model NAME" in said
+
+
 def test_text_of_documents_is_escaped(ready, db):
     db.execute(Collection("evil").insert_many([{"text": "<script>alert(1)</script>"}]))
     run(ready, "t = %llm_data evil")

@@ -25,7 +25,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if not hasattr(known, "module"):
         parser.print_help()
         raise SystemExit(2)
-    if rest and known.function not in ("train", "chat", "resume", "lab"):
+    if rest and known.function not in ("train", "chat", "resume", "lab", "data"):
         known.parser.error(f"not understood: {' '.join(rest)}")
     known.more = rest
     return known
@@ -104,13 +104,17 @@ def _train(commands: Any) -> None:
     )
     made.add_argument("--model", metavar="M", help="the base model: a hub id or a folder")
     made.add_argument("--collection", metavar="C", help="the documents to train on")
-    made.add_argument("--key", metavar="K", help="a column, 'prompt,response', or messages; default: seen in the rows")
-    made.add_argument("--filter", metavar="JSON", help="a MongoDB filter: only these documents")
-    made.add_argument("--limit", type=_count, metavar="N", help="at most N documents")
+    _narrowed(made)
     made.add_argument("--identifier", metavar="NAME", help="the model's name in the database (llm)")
     made.add_argument("--detach", action="store_true", help="train in a background job and return at once")
     made.add_argument("--options", action="store_true", help="list every option's name, and end")
     _where(made)
+
+
+def _narrowed(made: Any) -> None:
+    made.add_argument("--key", metavar="K", help="a column, 'prompt,response', or messages; default: seen in the rows")
+    made.add_argument("--filter", metavar="JSON", help="a MongoDB filter: only these documents")
+    made.add_argument("--limit", type=_count, metavar="N", help="at most N documents")
 
 
 def _runs(commands: Any) -> None:
@@ -177,8 +181,18 @@ def _chat(commands: Any) -> None:
 
 
 def _stored(commands: Any) -> None:
-    made = _add(commands, "data", "showing", "list the collections, or look into one", "Its columns, with an example.")
+    made = _add(
+        commands,
+        "data",
+        "showing",
+        "list the collections, look into one, or inspect it as a model reads it",
+        "Without a model: its columns, with an example. With one: what a training would see, and what is wrong with "
+        "it; every option of llmnb train is one here.",
+    )
     made.add_argument("collection", nargs="?", metavar="COLLECTION", help="the collection; default: list them all")
+    made.add_argument("--model", metavar="M", help="inspect it as this model reads it: a hub id or a folder")
+    made.add_argument("--row", metavar="ID", help="with --model: show this document's tokens")
+    _narrowed(made)
     _where(made)
     made = _add(commands, "checkpoints", "showing", "list checkpoints, newest run last", "Or those of one run.")
     made.add_argument("experiment", nargs="?", metavar="RUN", help="a run's id, or latest; default: all")

@@ -33,10 +33,16 @@ def show(known: argparse.Namespace) -> int:
 
 
 def data(known: argparse.Namespace) -> int:
-    """Collections, or the columns of one."""
+    """Collections, the columns of one, or what a training would see of it; 1 when it would refuse to start."""
     from ..db import connect
     from ..query import Collection
 
+    if known.model is not None:
+        return _inspected(known)
+    asked = [*known.more[:1], *(f"--{name}" for name in ("key", "filter", "limit", "row") if getattr(known, name))]
+    if asked:
+        todo, what = "--model M says whose tokenizer reads the documents", asked[0]
+        raise ConfigError([Fault(what, "is about an inspection, which needs a model", todo)])
     database = connect(known.uri, home=known.home)
     if known.collection is None:
         _collections(database, None)
@@ -63,6 +69,16 @@ def data(known: argparse.Namespace) -> int:
         indent=2,
     )
     return 0
+
+
+def _inspected(known: argparse.Namespace) -> int:
+    from ..db import connect
+    from .training import described
+
+    model = described(known)
+    found = connect(known.uri, home=known.home).inspect(model)
+    print(found if known.row is None else found.row(known.row))
+    return 0 if found.ok else 1
 
 
 def checkpoints(known: argparse.Namespace) -> int:

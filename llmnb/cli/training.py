@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..launch.run import Run
     from ..llm import LLM
 
-__all__ = ["train"]
+__all__ = ["described", "train"]
 
 
 def train(known: argparse.Namespace) -> int:
@@ -23,7 +23,7 @@ def train(known: argparse.Namespace) -> int:
     if known.options:
         print(textwrap.fill("  ".join(known_settings()), paper.width()))
         return 0
-    model = _model(known)
+    model = described(known)
     from ..db import connect
     from .quiet import hush
 
@@ -37,7 +37,7 @@ def train(known: argparse.Namespace) -> int:
     return _train_here(database, model)
 
 
-def _model(known: argparse.Namespace) -> LLM:
+def described(known: argparse.Namespace) -> LLM:
     """The model as the line describes it; all faults of the line at once, before any connection."""
     faults: list[Fault] = []
     model: dict[str, Any] = {}
@@ -61,7 +61,7 @@ def _model(known: argparse.Namespace) -> LLM:
     from ..trainer import LLMTrainer
 
     trainer["select"] = selection(known.collection, known.filter, known.limit)
-    identifier = known.identifier or "llm"
+    identifier = getattr(known, "identifier", None) or "llm"
     made = LLM(identifier, trainer=LLMTrainer(f"{identifier}-trainer", **trainer), **model)
     assert made.trainer is not None
     made.trainer.freeze(made.spec())  # says what is wrong before a database is looked for

@@ -6,7 +6,7 @@ Nothing that is cut, dropped or passed over goes unsaid; too much of it refuses 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..config import TrainConfig
@@ -17,6 +17,9 @@ __all__ = ["Counts", "RowReport"]
 
 _NAMED = 5  # _ids to name of each sort
 _CHANGE = "narrow the selection, or change key or transform"
+_LONGER = "raise max_seq_length, or leave the long ones out"
+_STOP = "give the tokenizer an eos_token, or a chat_template that ends each turn"
+_BOS = "leave the BOS out of the texts, or mend the tokenizer's own way to begin"
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,11 @@ class Counts:
     Attributes:
         name: what to call the rows.
         limit: tokens a row may have.
+        kept: how many _ids of each sort are kept.
         cut: rows that lost their end.
+        shortened: of these, rows whose answer lost its end.
+        endless: rows of answers that no stop token ends, though nothing was cut off.
+        doubled: rows that begin with two BOS.
         bare: rows left without a label.
         split: rows with a seam inside a token.
         unstopped: chats whose template writes no end of turn.
@@ -98,11 +105,15 @@ class Counts:
 
     name: str
     limit: int
+    kept: int = _NAMED
     found: int = 0
     rows: int = 0
     tokens: int = 0
     trained: int = 0
     cut: Count = field(default_factory=Count)
+    shortened: Count = field(default_factory=Count)
+    endless: Count = field(default_factory=Count)
+    doubled: Count = field(default_factory=Count)
     bare: Count = field(default_factory=Count)
     split: Count = field(default_factory=Count)
     unstopped: Count = field(default_factory=Count)
@@ -112,9 +123,15 @@ class Counts:
     dropped: Count = field(default_factory=Count)
     skipped: dict[str, Count] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            count = getattr(self, f.name)
+            if isinstance(count, Count):
+                count.kept = self.kept
+
     def skip(self, identifier: str, reason: str) -> None:
         """A document that cannot be read."""
-        self.skipped.setdefault(reason, Count()).add(identifier)
+        self.skipped.setdefault(reason, Count(kept=self.kept)).add(identifier)
         self.dropped.add(identifier)
 
     def drop(self, identifier: str) -> None:
@@ -127,18 +144,13 @@ class Counts:
         """Documents that could not be read."""
         return sum(count.number for count in self.skipped.values())
 
-    def report(self, reader: Reader, config: TrainConfig, notes: Sequence[str]) -> RowReport:
+    def report(self, reader: Reader, notes: Sequence[str]) -> RowReport:
         """The counts, once every document was read.
 
         Args:
             reader: what read the documents.
-            config: its max_cut_share is the most that may be dropped.
             notes: sentences to put first.
-
-        Raises:
-            DataError: nothing is left to train on, or too little of what was selected.
         """
-        self._refuse(reader, config.max_cut_share)
         if reader.converted:
             notes = [reader.converted, *notes]
         return RowReport(
@@ -158,10 +170,15 @@ class Counts:
             limit=self.limit,
         )
 
-    def _refuse(self, reader: Reader, most: float) -> None:
+    def refusal(self, reader: Reader, config: TrainConfig) -> DataError | None:
+        """Why a run must not start with these rows; None when it may.
+
+        Nothing is left to train on; or more than ``max_cut_share`` of what was selected is left out, loses the end of
+        an answer, has no stop token or begins with two BOS: what such rows teach is not what was meant.
+        """
         missing = {f"has no field {column!r}": column for column in reader.columns}
         if self.unread == self.found and set(self.skipped) <= set(missing):
-            raise missing_key([missing[reason] for reason in self.skipped], reader.seen_fields, self.name)
+            return missing_key([missing[reason] for reason in self.skipped], reader.seen_fields, self.name)
         todo = _CHANGE
         if self.bare.number > self.unread:
             todo = (
@@ -171,20 +188,35 @@ class Counts:
         if not self.rows:
             what = f"None of the {self.found} {self.name} documents can be trained on"
             what += ": no token of them carries loss." if self.bare.number else "."
-            raise DataError(what, seen=self._reasons(), todo=todo)
-        share = self.dropped.number / self.found
-        if share > most:
-            raise DataError(
-                f"{self.dropped.number} of {self.found} {self.name} documents ({share:.0%}) give no row, more than "
-                f"max_cut_share={most:g} allows.",
-                seen=self._reasons(),
-                todo=todo + "; max_cut_share=1 trains on what is left",
-            )
+            return DataError(what, seen=self._reasons(), todo=todo)
+        most = config.max_cut_share
+        for number, what, way_out in (
+            (self.dropped.number, "give no row", todo),
+            (self.dropped.number + self.shortened.number, "give no row or lose the end of their answer", _LONGER),
+            (self.endless.number, "have an answer that no stop token ends: the model would never stop", _STOP),
+            (self.doubled.number, "begin with two BOS, which the model never saw", _BOS),
+        ):
+            if number > most * self.found:
+                return DataError(
+                    f"{number} of {self.found} {self.name} documents ({number / self.found:.0%}) {what}; more than "
+                    f"max_cut_share={most:g} allows.",
+                    seen=self._reasons(),
+                    todo=way_out + "; max_cut_share=1 trains on them as they are",
+                )
+        return None
 
     def _reasons(self) -> str:
         told = [(count.number, f"each {reason} ({count})") for reason, count in self.skipped.items()]
         if self.bare.number:
             told.append((self.bare.number, f"no token of each carries loss ({self.bare})"))
+        if self.shortened.number:
+            told.append(
+                (self.shortened.number, f"the answer of each reaches beyond {self.limit} tokens ({self.shortened})")
+            )
+        if self.endless.number:
+            told.append((self.endless.number, f"no stop token ends the answer of each ({self.endless})"))
+        if self.doubled.number:
+            told.append((self.doubled.number, f"each begins with two BOS ({self.doubled})"))
         return "; ".join(f"{number}: {why}" for number, why in sorted(told, reverse=True)[:6])
 
     def _notes(self) -> Iterator[str]:
@@ -194,6 +226,12 @@ class Counts:
             yield f"{count.number} of {self.found} documents are left out: each {reason} ({count})"
         if self.bare.number:
             yield f"{self.bare.number} of {self.found} rows are left out: no token carries loss ({self.bare})"
+        if self.shortened.number:
+            yield f"{self.shortened.number} of these lose the end of their answer ({self.shortened})"
+        if self.endless.number:
+            yield f"in {self.endless.number} rows no stop token ends the answer ({self.endless})"
+        if self.doubled.number:
+            yield f"{self.doubled.number} rows begin with two BOS ({self.doubled})"
         if self.split.number:
             yield (
                 f"in {self.split.number} rows a token would reach from the prompt into the answer; the two were "

@@ -21,6 +21,7 @@ from .counts import Counts, RowReport, opening_notes
 from .encoding import Encoder, Ids, Ranges, fill_prompt
 from .samples import Reader, Sample, infer_key
 from .templates import Chat, ChatTemplate, chat_ids, prompt_ids
+from .watching import Watch
 
 __all__ = ["Collator", "RowReport", "Rows", "chat_ids", "infer_key", "make_rows", "prompt_ids"]
 
@@ -127,8 +128,11 @@ class Collator:
 class _Maker:
     """Collects rows while documents stream by."""
 
-    def __init__(self, tokenizer: Any, config: TrainConfig, prompt_template: str, counts: Counts) -> None:
+    def __init__(
+        self, tokenizer: Any, config: TrainConfig, prompt_template: str, counts: Counts, watch: Watch | None = None
+    ) -> None:
         self.tokenizer, self.config, self.prompt_template, self.counts = tokenizer, config, prompt_template, counts
+        self.watch = watch
         self.encoder = Encoder(tokenizer)
         self.template: ChatTemplate | None = None
         self._checked = 0
@@ -173,26 +177,30 @@ class _Maker:
             piece, mask = self._ids.pop(), self._trained.pop()
             ids[at - len(piece) : at], trained[at - len(piece) : at] = piece, mask
             at -= len(piece)
-        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.concatenate(self._lengths))])
+        lengths = np.concatenate([np.zeros(1, dtype=np.int64), *self._lengths])
+        offsets = np.cumsum(lengths)
         return Rows(ids, trained, offsets, report)
 
     def _texts(self, names: Sequence[str], texts: Sequence[str]) -> None:
         for name, raw in zip(names, self.encoder.heads(texts, self.counts.limit), strict=True):
             ids = self.encoder.end(self.encoder.start(raw)[0])
-            self._keep(name, ids, [(0, len(ids))])
+            self._keep(name, ids, [(0, len(ids))], False)
 
     def _pairs(self, names: Sequence[str], values: Sequence[tuple[str, str]], answers: bool) -> None:
         prompts = [fill_prompt(self.prompt_template, prompt) for prompt, _ in values]
         responses = [response for _, response in values]
         found = self.encoder.pairs(prompts, responses)
         for name, prompt, response, (raw, head, split) in zip(names, prompts, responses, found, strict=True):
-            ids, moved = self.encoder.start(raw)
-            ids = self.encoder.end(ids)
+            # Each side by itself: a prompt may be nothing but an EOS, a response nothing but a BOS.
+            begun, moved = self.encoder.start(raw[:head])
+            ids = begun + self.encoder.end(raw[head:])
             if split:
                 self.counts.split.add(name)
             if prompt[-1:].isalnum() and response[:1].isalnum():
                 self.counts.touching.add(name)
-            self._keep(name, ids, [(head + moved if answers else 0, len(ids))])
+            if self.encoder.eos is None:
+                self.counts.endless.add(name)
+            self._keep(name, ids, [(head + moved if answers else 0, len(ids))], answers)
 
     def _chats(self, names: Sequence[str], chats: Sequence[list[dict[str, Any]]], answers: bool) -> None:
         if self.template is None:
@@ -221,11 +229,13 @@ class _Maker:
                     # No end of turn: the EOS becomes the last trained token.
                     ids = self.encoder.end(ids[: ranges[-1][1]])
                     ranges[-1] = ranges[-1][0], len(ids)
+                if self.encoder.eos is None:
+                    self.counts.endless.add(name)
             if not answers:
                 ranges = [(0, len(ids))]
             if split:
                 self.counts.split.add(name)
-            self._keep(name, ids, ranges)
+            self._keep(name, ids, ranges, answers)
 
     def _check_prompt(self, name: str, messages: Sequence[Mapping[str, Any]], chat: Chat) -> None:
         assert self.template is not None
@@ -234,11 +244,12 @@ class _Maker:
         if prompt is not None and not chat.text.startswith(prompt):
             self.counts.unlike.add(name)
 
-    def _keep(self, name: str, ids: Ids, ranges: Ranges) -> None:
-        counts = self.counts
-        cut = len(ids) > counts.limit
+    def _keep(self, name: str, ids: Ids, ranges: Ranges, answers: bool) -> None:
+        counts, length = self.counts, len(ids)
+        cut = length > counts.limit
         if cut:
             ids = ids[: counts.limit]
+        last = ranges[-1][1] if ranges else 0
         # The first token has nothing before it that could predict it.
         ranges = [(max(begin, 1), min(end, len(ids))) for begin, end in ranges if max(begin, 1) < min(end, len(ids))]
         if not ranges:
@@ -246,10 +257,17 @@ class _Maker:
             return
         if cut:
             counts.cut.add(name)
+            if answers and last > counts.limit:
+                counts.shortened.add(name)
+        asked = ranges[0][0] if answers else len(ids)
+        if asked > 1 and len(ids) > 1 and ids[0] == ids[1] == self.encoder.bos:
+            counts.doubled.add(name)
         counts.rows += 1
         counts.tokens += len(ids)
         counts.trained += sum(end - begin for begin, end in ranges)
         self._piece.append((ids, ranges))
+        if self.watch is not None:
+            self.watch.row(name, ids, length)
 
 
 def make_rows(
@@ -261,6 +279,7 @@ def make_rows(
     transform: Callable[..., Any] | None = None,
     context: int | None = None,
     name: str = "train",
+    watch: Watch | None = None,
 ) -> Rows:
     """Reads documents once and makes rows of them.
 
@@ -272,6 +291,7 @@ def make_rows(
         transform: the person's function; it is given the values of the key's columns.
         context: the longest row the model can take, in tokens.
         name: what to call these rows in errors.
+        watch: is shown every document and every row, and told of refusals in place of their being raised.
 
     Raises:
         ConfigError: key, key_kind, train_on and transform do not go together.
@@ -284,13 +304,22 @@ def make_rows(
     peek = list(itertools.islice(stream, _PEEK))
     if not peek:
         raise DataError(f"No document was selected for the {name} rows.", todo="check the collection and the filter")
-    reader = Reader(config.key, config.key_kind, transform, peek)
+    reader = Reader(config.key, config.key_kind, transform, peek, forgiving=watch is not None)
     counts = Counts(name, min(config.max_seq_length, context) if context else config.max_seq_length)
-    maker = _Maker(tokenizer, config, template, counts)
+    if watch is not None:
+        counts = watch.counts = Counts(name, counts.limit, kept=watch.kept)
+    maker = _Maker(tokenizer, config, template, counts, watch)
     for piece in _pieces(itertools.chain(peek, stream), reader, counts):
         kind = reader.kind or "text"
+        if watch is not None:
+            watch.samples(piece)
         maker.add(kind, piece, _answers(config.train_on, kind))
-    return maker.rows(counts.report(reader, config, opening_notes(reader, config, tokenizer, template, context)))
+    refusal = counts.refusal(reader, config)
+    if refusal is not None and watch is None:
+        raise refusal
+    if watch is not None:
+        watch.refusal = refusal
+    return maker.rows(counts.report(reader, opening_notes(reader, config, tokenizer, template, context)))
 
 
 def _answers(train_on: str | None, kind: str) -> bool:

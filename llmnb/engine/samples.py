@@ -136,6 +136,7 @@ class Reader:
         kind: text, pair or messages; None: from the key and the documents.
         transform: the person's function, given the values of the columns; or None.
         peek: the first documents.
+        forgiving: a document on which the transform fails is one that cannot be read.
 
     Raises:
         ConfigError: key, kind and transform do not go together.
@@ -156,8 +157,10 @@ class Reader:
         kind: str | None,
         transform: Callable[..., Any] | None,
         peek: Sequence[Mapping[str, Any]],
+        forgiving: bool = False,
     ) -> None:
         self.transform = transform
+        self.forgiving = forgiving
         self.inferred = key is None
         self.peek = peek
         self.converted = ""
@@ -234,6 +237,8 @@ class Reader:
         try:
             result = self.transform(*values)
         except _THEIRS as error:
+            if self.forgiving:
+                return f"fails in transform ({type(error).__name__}: {error})"
             raise DataError(
                 f"transform failed on the document with _id {document.get('_id')!s}.",
                 seen=f"{type(error).__name__}: {error}",

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import IO, Any
 
@@ -139,6 +139,7 @@ class _Maker:
 
     def rows(self, spec: ModelSpec, config: TrainConfig, documents: list[dict[str, Any]]) -> dict[str, Any]:
         from ..engine import bases
+        from ..engine.looking import tokens_of
         from ..engine.rows import make_rows
 
         named = (spec.model_name_or_path, spec.tokenizer_kwargs, spec.model_kwargs)
@@ -155,7 +156,7 @@ class _Maker:
             context=context,
             name="train",
         )
-        shown = [_shown(tokenizer, rows, i) for i in range(min(SHOWN_ROWS, len(rows)))]
+        shown = [tokens_of(tokenizer, rows, i, SHOWN_TOKENS) for i in range(min(SHOWN_ROWS, len(rows)))]
         report = rows.report
         notes = [note for note in report.notes if not note.startswith(f"{report.cut} of {report.found} rows have more")]
         return {**report.to_dict(), "notes": notes, "rows": shown, "longest": int(rows.lengths.max())}
@@ -176,41 +177,6 @@ class _Maker:
         if question["want"] == "shape":
             return self.shape(spec, config)
         return self.rows(spec, config, question["documents"])
-
-
-def _shown(tokenizer: Any, rows: Any, index: int) -> dict[str, Any]:
-    ids, labels = rows.ids(index).tolist(), rows.labels(index).tolist()
-    special = set(tokenizer.all_special_ids)
-    begin = next((i for i, label in enumerate(labels) if label >= 0), 0)
-    # Near the first trained token, which may stand far behind a long prompt.
-    first = max(0, min(begin - SHOWN_TOKENS // 2, len(ids) - SHOWN_TOKENS))
-    part = slice(first, first + SHOWN_TOKENS)
-    tokens: list[list[Any]] = []
-    for text, count in _texts(tokenizer, ids[part]):
-        at = first + sum(token[3] for token in tokens)
-        tokens.append([text, labels[at + count - 1] >= 0, count == 1 and ids[at] in special, count])
-    return {
-        "tokens": [token[:3] for token in tokens],
-        "length": len(ids),
-        "trained": sum(label >= 0 for label in labels),
-        "before": first,
-        "after": max(0, len(ids) - first - SHOWN_TOKENS),
-    }
-
-
-def _texts(tokenizer: Any, ids: list[int]) -> Iterator[tuple[str, int]]:
-    """The text of each token, and how many tokens it took: a character may be made of several."""
-    at = 0
-    while at < len(ids):
-        head = ids[at - 1 : at]
-        before = tokenizer.decode(head, skip_special_tokens=False) if head else ""
-        for count in range(1, 5):
-            whole = tokenizer.decode([*head, *ids[at : at + count]], skip_special_tokens=False)
-            text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids[at : at + count])
-            if "\ufffd" not in text or at + count >= len(ids):
-                break
-        yield text, min(count, len(ids) - at)
-        at += count
 
 
 def main() -> None:

@@ -80,15 +80,32 @@ class LlmMagics(Magics):
     @magic_arguments()
     @argument("collection", nargs="?", help="the collection to look into; nothing: list them all")
     @argument("--filter", help="a MongoDB filter, in quotes")
+    @argument("--limit", type=int, help="at most so many documents are inspected")
     @argument("--rows", type=int, default=3, help="documents to show (3)")
+    @argument("--model", help="inspect: what a training of this model would see, and what is wrong with it")
+    @argument("--llm", help="the name of a variable that holds an LLM, in place of --model")
+    @argument("--row", metavar="ID", help="with --model: this document as coloured tokens")
     @_HELP
     @no_var_expand
     @line_magic
+    @_open
     @bordered
-    def llm_data(self, known: Any, _rest: list[str], _cell: str | None) -> Table:
-        """Shows the collections of the database, or what is in one of them."""
+    def llm_data(self, known: Any, rest: list[str], _cell: str | None) -> Any:
+        """Shows the collections, what is in one, or what a model sees of it.
+
+        With --model (or --llm) the collection is inspected as a training would read it, and every option of a training
+        is one here: %llm_data tickets --model M --key prompt,response --max_seq_length 1024. Nothing is trained.
+        """
         from ..form import selection
 
+        if known.model or known.llm:
+            found = self.session.database().inspect(self._plan(known, named(rest)).llm)
+            return found if known.row is None else found.row(known.row)
+        if rest or known.row:
+            todo = "--model NAME says whose tokenizer reads the documents"
+            raise ConfigError(
+                [Fault(rest[0] if rest else "--row", "is about an inspection, which needs a model", todo)]
+            )
         store = self.session.database().store
         collections = store.collections()
         if not known.collection:
@@ -96,7 +113,9 @@ class LlmMagics(Magics):
                 ("collection", "documents"),
                 sorted(collections.items()),
                 empty="There are no collections yet: db.execute(Collection('docs').insert_many([…]))",
-                note="%llm_data COLLECTION looks into one" if collections else "",
+                note="%llm_data COLLECTION looks into one; with --model M it is inspected as M reads it"
+                if collections
+                else "",
             )
         if known.collection not in collections:
             raise NotFound("collection", known.collection, sorted(collections))

@@ -1,8 +1,8 @@
 """One thread per kernel that reads what the watched runs say, and shows it to their views.
 
 The thread reads ``seq > last`` from the database, folds it into a curve, and hands the curve to every view of that run,
-at most four times a second, a long run's twice. It never prints, and it outlives a database that is away for a while. It knows no widget: a
-view is anything with ``show`` and ``close``.
+at most four times a second, a long run's twice. It never prints, and it outlives a database that is away for a while.
+It knows no widget: a view is anything with ``show`` and ``close``.
 """
 
 from __future__ import annotations

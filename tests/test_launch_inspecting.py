@@ -28,6 +28,7 @@ def mock_db(tmp_path):
 
 def filled(db, count=200):
     rows = [{"question": f"{i} and {i}?", "reply": f" {2 * i}", "lang": "en"} for i in range(count)]
+    rows[0]["_fold"], rows[1]["_fold"] = "train", "valid"
     rows[5]["reply"] = None
     rows += [{"question": "nobody", "reply": " reads", "_fold": "other", "lang": "en"}, {"lang": "fr"}]
     return db.execute(Collection("sums").insert_many(rows))
@@ -37,8 +38,7 @@ def test_a_selection_is_inspected_where_it_lies(db, tiny_llama):
     ids = filled(db)
     llm = LLM("sums", tiny_llama, trainer=LLMTrainer(select=Collection("sums").find({"lang": "en"}), key=PAIR))
     found = db.inspect(llm)
-    train, valid = found.rows
-    assert (train.name, valid.name, train.found + valid.found) == ("train", "valid", 200) and valid.used > 0
+    assert [rows.name for rows in found.rows] == ["train", "valid"] and sum(rows.found for rows in found.rows) == 200
     assert found.ids("null") == [str(ids[5])] and found.ids("fold") == [str(ids[200])]
     row = found.row(ids[0])
     assert "".join(text for text, trained, _ in row.tokens if trained) == " 0</s>"

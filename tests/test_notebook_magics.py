@@ -368,7 +368,7 @@ def test_data_lists_collections_and_looks_into_one(ready):
 def test_data_is_inspected_as_a_model_reads_it(ready, tiny_llama):
     said, _ = run(ready, f"t = %llm_data docs --model {tiny_llama} --key text --max_seq_length 4")
     found = ready.user_ns["t"]
-    assert found.rows[0].found + found.rows[1].found == 40 and found.facts.limit == 4 and "cut" in found.kinds
+    assert sum(rows.found for rows in found.rows) == 40 and found.facts.limit == 4 and "cut" in found.kinds
     said, _ = run(ready, f"t = %llm_data docs --model {tiny_llama} --key text --row {found.shown[0].id}")
     assert repr(ready.user_ns["t"]).startswith(f"train, _id {found.shown[0].id}: ")
     for line in ("docs --key text", "docs --row 3"):

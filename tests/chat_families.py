@@ -27,6 +27,8 @@ class Family:
     adds_bos: bool = False
     head: str = ""  # what stands before the first turn
     tail: str = ""  # what stands after the last one
+    # Where a text is cut into words. GPT-2's own rule, where white space before a word depends on what follows it.
+    rule: str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
     def pieces(self, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
         """The chat as (text, carries loss) pieces, written by hand."""
@@ -146,12 +148,10 @@ FAMILIES = (CHATML, LLAMA3, MISTRAL, GEMMA, PHI, ZEPHYR)
 
 
 @cache
-def _backend(specials: tuple[str, ...], rstrip: tuple[str, ...], bos: str | None) -> str:
+def _backend(specials: tuple[str, ...], rstrip: tuple[str, ...], bos: str | None, rule: str) -> str:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     backend = Tokenizer(models.BPE())
-    # GPT-2's own rule, where white space before a word depends on what follows it.
-    rule = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(rule), "isolated"),
@@ -178,7 +178,9 @@ def make_tokenizer(family: Family, *, template: str | None = "", pad: str | None
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer.from_str(_backend(family.specials, family.rstrip, family.bos if family.adds_bos else None))
+    backend = Tokenizer.from_str(
+        _backend(family.specials, family.rstrip, family.bos if family.adds_bos else None, family.rule)
+    )
     names = {"bos_token": family.bos, "eos_token": family.eos, "pad_token": pad}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in names.items() if v})
     tokenizer.chat_template = family.template if template == "" else template

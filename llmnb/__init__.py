@@ -22,6 +22,7 @@ _HOMES = {
     "Pipeline": "pipelines",
     "TextClassification": "pipelines",
     "connect": "db",
+    "evaluate": "measuring",
     "errors": "errors",
     "inspect": "db",
     "plot": "notebook.plots",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .db import connect as connect
     from .db import inspect as inspect
     from .llm import LLM as LLM
+    from .measuring import evaluate as evaluate
     from .pipelines import Pipeline as Pipeline
     from .pipelines import TextClassification as TextClassification
     from .query import Collection as Collection

@@ -22,6 +22,7 @@ from .launch.merging import MergeProcess, prepare
 from .launch.run import Run
 from .launch.start import check, launch
 from .llm import LLM
+from .measuring import Measuring
 from .model import Model, connected, databases
 from .pipelines import Pipeline, TextClassification
 from .query import Query
@@ -82,7 +83,7 @@ def inspect(
     return known.inspect(model, trainer)  # type: ignore[arg-type]
 
 
-class Datalayer(Talks):
+class Datalayer(Talks, Measuring):
     """A connected database. Made by ``connect()``.
 
     Attributes:
@@ -317,16 +318,16 @@ class Datalayer(Talks):
         """Removes by name. Bytes that nothing names any more go with ``llmnb db gc``.
 
         Args:
-            kind: "model", "checkpoint", "run" or "chat".
-            identifier: a model's identifier, a checkpoint's experiment, a run's id, or a kept chat's name.
+            kind: "model", "checkpoint", "run", "chat" or "evaluation".
+            identifier: a model's identifier, a checkpoint's experiment, a run's or evaluation's id, a kept chat's name.
             version: a model's version, or a checkpoint's step; None removes all of them.
 
         Raises:
             InUse: a model still points at the checkpoint (it is named), or the run still goes on.
             NotFound: with near names.
         """
-        if kind == "chat":
-            self.store.chats.remove(identifier)
+        if kind in ("chat", "evaluation"):
+            (self.store.chats if kind == "chat" else self.store.evaluations).remove(identifier)
             return
         _known_kind(kind)
         if kind == "checkpoint":

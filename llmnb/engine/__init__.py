@@ -25,6 +25,10 @@ training       ``train``: everything above, in order
 generation     ``Answerer``: prompts → text
 voices         adapters on one base, swapped
 sampling       the options of one answer
+evaluating     the base and checkpoints on the same documents
+questions      documents → rows, and for each its prompt and right answer
+reading        rows → the loss of each
+scores         answers against references
 merging        an adapter into its base
 proof          what a merge was measured on, and what was found
 memory         how much is in use, and giving it back

@@ -41,6 +41,7 @@ class Answerer:
     Attributes:
         told: of the last stream, once it has ended: ``tokens`` (new ones), ``seconds`` (from the prompt to the last of
             them), ``cut`` (True when it ended at its limit, not by itself), ``notes`` (what was changed in it).
+        cut: how many of the last ``answer``'s ended at their limit, not by themselves.
 
     Raises:
         ModelError: the model or adapter cannot be loaded.
@@ -54,6 +55,7 @@ class Answerer:
         self._loaded = ""  # folder or hub id of the base in memory
         self.name: str | None = None
         self.told: dict[str, Any] = {}
+        self.cut = 0
         self._notes: list[str] = []
         self._room: int | None = None  # new tokens of the last call at most
         try:
@@ -85,6 +87,21 @@ class Answerer:
         )
         self._voice = Voice(tokenizer, template_of(spec, recorded), bases.vocabulary_rows(model))
         self._voices = Voices(spec, model, self._voice, fingerprint)
+
+    @property
+    def model(self) -> Any:
+        """What answers now, the adapter on it; another object after a ``swap``."""
+        return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of what answers now."""
+        return self._voice.tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids below it are those of what answers now; logits may have more, for the tokens of another adapter."""
+        return self._voice.rows
 
     @property
     def _model(self) -> Any:
@@ -171,7 +188,7 @@ class Answerer:
             ids = [self._ids(prompt, ours) for prompt in prompts]
             chats = [not isinstance(prompt, str) for prompt in prompts]
             order = sorted(range(len(prompts)), key=lambda i: (chats[i], len(ids[i])))
-            answers = [""] * len(prompts)
+            answers, self.cut = [""] * len(prompts), 0
             size = max(1, int(ours.get("batch_size") or 8))
             with self._speaking(ours):
                 for group in _groups(order, chats, size):
@@ -245,8 +262,11 @@ class Answerer:
         for row in new:
             end = next((place for place, token in enumerate(row) if token in stops), len(row))
             text = self._voice.tokenizer.decode(row[:end], skip_special_tokens=True)
+            stopped = end < len(row) or row[-1:] == [self._voice.tokenizer.pad_token_id]
             for word in words:
+                stopped |= word in text
                 text = text.split(word)[0]
+            self.cut += not stopped and 0 < (self._room or 0) <= len(row)
             texts.append(text)
         return texts
 

@@ -1,4 +1,4 @@
-"""Processes beside the caller that work for it alone (chat, preview, merging): how they are started and ended.
+"""Processes beside the caller that work for it alone (chat, preview, merging, …): how they are started and ended.
 
 Each is a module of this package that reads from its standard input and writes to its standard output. Nothing secret is
 in its arguments, and none of the caller's settings that it has no use for is in its environment.

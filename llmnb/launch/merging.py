@@ -1,37 +1,30 @@
 """Merging in a process of its own: the caller loads no torch, and a merge that runs out of memory ends alone.
 
-``MergeProcess`` is the caller's end; ``python -m llmnb.launch.merging`` is the other, which is given one job through
-its standard input, says in JSON lines what it does, and ends. It ends too when its input does, so it never outlives
-its parent. ``prepare`` makes the job of a checkpoint and of what the database knows of its run.
+``MergeProcess`` is the caller's end; ``python -m llmnb.launch.merging`` is the other (see ``errand``). ``prepare``
+makes the job of a checkpoint and of what the database knows of its run.
 """
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import json
 import os
-import pickle
-import subprocess
-import tempfile
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint
 from ..config import ModelSpec, TrainConfig
 from ..engine.proof import MergeReport, Probe
-from ..errors import LlmnbError, ModelError, NotFound
+from ..errors import ModelError, NotFound
 from ..folders import discard, place
-from . import aside
+from .errand import Errand, own, serve
 
 if TYPE_CHECKING:
     from ..store import Store
 
 __all__ = ["MergeJob", "MergeProcess", "prepare"]
 
+_MEMORY = "it takes about the memory of the whole model in 16 or 32 bits"
 _DOCUMENTS, _CHARS = 96, 2_000_000  # more than are measured: some may give no row
 
 
@@ -136,12 +129,11 @@ def _documents(store: Store, config: TrainConfig, select: Any, fold: str | None)
     return tuple(found)
 
 
-class MergeProcess:
+class MergeProcess(Errand):
     """One merge, carried out elsewhere. ``stop`` may be called from any thread."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._stopped = False
+        super().__init__("merging", "merge", f"when memory was short: {_MEMORY}")
 
     def run(self, job: MergeJob, say: Callable[[str], None] | None = None) -> MergeReport:
         """Carries a job out and waits for it.
@@ -154,95 +146,25 @@ class MergeProcess:
             LlmnbError: what the other side raised.
             ModelError: the process ended (out of memory, mostly), or was stopped. Nothing is left of the folder.
         """
-        with tempfile.TemporaryFile() as log:
-            process = self._process = aside.start("merging", log)
-            if self._stopped:
-                process.kill()
-            report = None
-            try:
-                assert process.stdin is not None and process.stdout is not None
-                with contextlib.suppress(OSError):  # it has ended: its last words say why
-                    process.stdin.write(_pickled(job))
-                    process.stdin.flush()
-                for line in process.stdout:
-                    said = json.loads(line)
-                    if "error" in said:
-                        # Our own child wrote it, through a private pipe.
-                        raise pickle.loads(base64.b64decode(said["error"]))
-                    if "report" in said:
-                        report = MergeReport.from_dict(said["report"])
-                    elif say is not None:
-                        say(said["says"])
-            finally:
-                aside.finish(process)
-                if process.stdout is not None:
-                    process.stdout.close()
-                if report is None:
-                    discard(job.out, process.pid)
-            if report is None:
-                raise self._ended(process, log)
-            return report
-
-    def _ended(self, process: subprocess.Popen[bytes], log: IO[bytes]) -> ModelError:
-        if self._stopped:
-            return ModelError("The merge was stopped.", todo="nothing was written; start it again when you like")
-        log.seek(0)
-        seen = log.read()[-800:].decode("utf-8", "replace").strip() or f"exit status {process.poll()}"
-        todo = "when memory was short: it takes about that of the whole model in 16 or 32 bits"
-        return ModelError("The merge's process has ended.", seen=seen, todo=todo)
-
-    def stop(self) -> None:
-        """Ends the merge; nothing is left of it. Without one, the next ends at once."""
-        self._stopped = True
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-
-
-def _pickled(job: MergeJob) -> bytes:
-    import cloudpickle
-
-    return bytes(cloudpickle.dumps(job))  # a notebook's own transform travels by value
+        return MergeReport.from_dict(self.carry_out(job, say, lambda pid: discard(job.out, pid)))
 
 
 # --- the other end --------------------------------------------------------------------------------------------
 
 
-def _own(error: Exception) -> LlmnbError:
-    """The caller may have no torch, so only errors of our own cross."""
-    if isinstance(error, LlmnbError):
-        return error
-    full = isinstance(error, MemoryError) or "memory" in str(error).lower()
-    todo = "it takes about the memory of the whole model in 16 or 32 bits" if full else None
-    return ModelError("The checkpoint could not be merged.", seen=f"{type(error).__name__}: {error}", todo=todo)
+def _work(job: MergeJob, say: Callable[[str], None]) -> dict[str, Any]:
+    from ..engine.merging import merge
+
+    return merge(job.spec, job.adapter, job.out, probe=job.probe, say=say).to_dict()
 
 
 def main() -> None:
     """``python -m llmnb.launch.merging``."""
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print must not stand between the lines
-
-    def say(line: Mapping[str, Any]) -> None:
-        out.write(json.dumps(line).encode() + b"\n")
-        out.flush()
-
-    source = os.fdopen(os.dup(0), "rb")
-    job = pickle.load(source)  # our own parent wrote it
-    threading.Thread(target=_end_with, args=(source, job.out), daemon=True).start()
-    say({"says": "loading torch"})
-    try:
-        from ..engine.merging import merge
-
-        report = merge(job.spec, job.adapter, job.out, probe=job.probe, say=lambda words: say({"says": words}))
-        say({"report": report.to_dict()})
-    except Exception as error:  # noqa: BLE001 - the border of the process: the caller raises it
-        say({"error": base64.b64encode(pickle.dumps(_own(error))).decode()})
-
-
-def _end_with(source: IO[bytes], out: str) -> None:
-    """The end of the input is the end: whoever asked is gone. Nothing half-done stays."""
-    source.read()
-    discard(out, os.getpid())
-    os._exit(0)
+    serve(
+        _work,
+        lambda error: own(error, "The checkpoint could not be merged.", _MEMORY),
+        lambda job: discard(job.out, os.getpid()),
+    )
 
 
 if __name__ == "__main__":

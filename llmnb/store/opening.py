@@ -20,6 +20,7 @@ from .artifacts import Artifacts
 from .chats import Chats
 from .checkpoints import Checkpoints
 from .clock import Clock
+from .evaluations import Evaluations
 from .events import Events
 from .models import Models
 from .runs import Runs
@@ -46,7 +47,7 @@ class Store:
         embedded: True for the embedded server that this machine runs for us.
         in_process: True when no other process can reach it by address (mongomock, a Database object).
         home: local folder for the cache (and the embedded server).
-        runs, events, checkpoints, models, artifacts, settings: our own records.
+        runs, events, checkpoints, models, chats, evaluations, artifacts, settings: our own records.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Store:
         checkpoints = self._table("checkpoints", [("experiment", 1), ("step", 1)], [("files.sha256", 1)])
         self.checkpoints = Checkpoints(checkpoints, self.artifacts, clock, Path(home) / "cache")
         self.chats = Chats(self._table("chats", [("changed", -1)]), clock)
+        self.evaluations = Evaluations(self._table("evaluations"), clock)
         models = self._table("models", [("identifier", 1), ("version", 1)])
         self.models = Models(models, self._table("counters"), self.runs, clock)
         self.models.checkpoints = self.checkpoints

@@ -213,6 +213,71 @@ def test_an_exported_adapter_and_an_exported_model_load_without_us(db, ids, tmp_
     assert llm.predict("what is", max_new_tokens=4) == same.predict("what is", max_new_tokens=4)
 
 
+PLAIN = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+try:
+    import llmnb
+except ImportError:
+    pass
+else:
+    raise SystemExit("llmnb is here")
+folder, prompts = sys.argv[1], json.loads(sys.argv[2])
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+said = []
+for prompt in prompts:
+    ask = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(ask, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    if tokenizer.bos_token_id is not None and ids["input_ids"][0, 0] != tokenizer.bos_token_id:
+        text = tokenizer.apply_chat_template(ask, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, return_tensors="pt")
+    new = model.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1]:]
+    said.append(tokenizer.decode(new, skip_special_tokens=True))
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """The Python of a fresh virtual environment that has this one's packages, but not llmnb."""
+    import sysconfig
+
+    folder = tmp_path_factory.mktemp("elsewhere") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    linked = tmp_path_factory.mktemp("elsewhere-packages")
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if not entry.name.startswith(("llmnb", "__editable__")) and not entry.name.endswith(".pth"):
+            (linked / entry.name).symlink_to(entry)
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(linked), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def run(*words):
+        line = [str(folder / "bin" / "python"), "-W", "ignore", *words]
+        done = subprocess.run(line, env=env, cwd=folder, capture_output=True)
+        assert done.returncode == 0, done.stderr[-2000:].decode()
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+def test_what_is_exported_says_the_same_in_plain_transformers_elsewhere(db, tmp_path, elsewhere):
+    """Ten prompts, greedily, in an environment without llmnb: a merged adapter, and a model that was trained whole."""
+    prompts = ["what is your name?", "hello", "who?", "the cat", "a b c", "1 2 3", "why", "say it", "not this", "and"]
+    base = make_model("llama", tmp_path / "base")
+    lora = trainer(max_steps=30, save_steps=30, output_dir=str(tmp_path / "run"))
+    whole = trainer(max_steps=30, save_steps=30, use_lora=False, output_dir=str(tmp_path / "run"))
+    folders_ = {}
+    for name, settings in (("lora", lora), ("whole", whole)):
+        run = db.apply(LLM(f"said-{name}", base, trainer=settings))
+        out = tmp_path / name
+        (db.merge if name == "lora" else db.export)(run.id, out)
+        ours = db.load("model", f"said-{name}").predict(
+            [[{"role": "user", "content": prompt}] for prompt in prompts], max_new_tokens=24
+        )
+        assert elsewhere("-c", PLAIN, str(out), json.dumps(prompts)) == ours
+        folders_[name] = ours
+    assert "my name is model" in " ".join(folders_["whole"]), "they say something that was trained"
+
+
 def test_an_empty_folder_is_taken(db, ids, tmp_path):
     (tmp_path / "out").mkdir()
     db.export(ids[0], tmp_path / "out")

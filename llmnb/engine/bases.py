@@ -16,7 +16,7 @@ from typing import Any
 from ..config import ModelSpec, thaw
 from ..errors import MissingPackage, ModelError, near
 from .fingerprints import fingerprint
-from .vocabulary import ensure_pad, fit_vocabulary, vocabulary_rows
+from .vocabulary import ensure_pad, fit_vocabulary, stop_as_trained, vocabulary_rows
 
 __all__ = [
     "HUB",
@@ -30,6 +30,7 @@ __all__ = [
     "quantised_bits",
     "quiet",
     "translate_kwargs",
+    "stop_as_trained",
     "vocabulary_rows",
     "where",
 ]

@@ -346,20 +346,10 @@ class Answerer:
 
     def _stops(self, chat: bool) -> tuple[list[int], list[str]]:
         """Token ids that end an answer, and strings that do where no single token does."""
-        tokenizer = self._voice.tokenizer
-        own = getattr(self._model.generation_config, "eos_token_id", None)
-        ids = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
-        words: list[str] = []
-        if chat:
-            from .templates import ChatTemplate
+        from .templates import stops
 
-            closer = ChatTemplate(tokenizer).closer.strip()
-            closing = tokenizer.encode(closer, add_special_tokens=False) if closer else []
-            if len(closing) == 1:
-                ids.add(closing[0])
-            elif closing:
-                words.append(closer)
-        return sorted(i for i in ids if i is not None), words
+        own = getattr(self._model.generation_config, "eos_token_id", None)
+        return stops(self._voice.tokenizer, own, chat)
 
 
 def _groups(order: Sequence[int], chats: Sequence[bool], size: int) -> Iterator[list[int]]:

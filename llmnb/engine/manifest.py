@@ -1,7 +1,8 @@
 """``llmnb.json``: the card that lies in every checkpoint folder and says what the folder is.
 
 Attributes in the file: ``base`` (as the person gave it), ``base_fingerprint``, ``kind`` ("adapter" or
-"model"), ``step``, ``chat_template``, ``prompt_template``, ``vocabulary`` (rows of the embeddings),
+"model"), ``step``, ``chat_template``, ``prompt_template``, ``rows_kind`` (text, pair or messages), ``vocabulary``
+(rows of the embeddings),
 ``precision``, ``bits``, ``rows`` and ``rows_digest`` (what it was trained on), ``tokens``, ``best``, ``patience``,
 ``window`` (the loss since the last log) and ``versions``. No torch here.
 """

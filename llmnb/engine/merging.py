@@ -174,6 +174,7 @@ class _Merge:
 
     def _write(self, model: Any, tokenizer: Any, part: Path) -> None:
         model.config.use_cache = True
+        bases.stop_as_trained(model, tokenizer, self.card.get("rows_kind") == "messages")
         with bases.quiet():
             model.save_pretrained(part)
         tokenizer.save_pretrained(part)
@@ -219,6 +220,7 @@ class _Merge:
             "step": self.card.get("step"),
             "chat_template": self.card.get("chat_template"),
             "prompt_template": self.card.get("prompt_template"),
+            "rows_kind": self.card.get("rows_kind"),
             "merged": {"from": self.card.get("base"), **report.measured()},
             "versions": manifest.versions(),
         }

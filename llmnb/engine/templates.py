@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import DataError
 from .encoding import Encoder, fill_prompt
 
-__all__ = ["ChatTemplate", "Chat", "chat_ids", "prompt_ids"]
+__all__ = ["ChatTemplate", "Chat", "chat_ids", "prompt_ids", "stops"]
 
 Message = Mapping[str, Any]
 
@@ -292,3 +292,23 @@ def prompt_ids(text: str, tokenizer: Any, prompt_template: str = "{input}") -> l
     """Ids of a prompt that waits for its response: exactly those that a training row of the same prompt begins with."""
     encoder = Encoder(tokenizer)
     return [int(i) for i in encoder.start(encoder.ids(fill_prompt(prompt_template, text)))[0]]
+
+
+def stops(tokenizer: Any, own: int | Sequence[int] | None, chat: bool) -> tuple[list[int], list[str]]:
+    """Token ids that end an answer, and strings that do where no single token does.
+
+    Args:
+        tokenizer: its EOS ends every answer.
+        own: the model's own ``generation_config.eos_token_id``.
+        chat: answers are turns of a chat, and end with what the chat template writes after one.
+    """
+    ids = {*([own] if own is None or isinstance(own, int) else own), tokenizer.eos_token_id}
+    words: list[str] = []
+    if chat:
+        closer = ChatTemplate(tokenizer).closer.strip()
+        closing = tokenizer.encode(closer, add_special_tokens=False) if closer else []
+        if len(closing) == 1:
+            ids.add(closing[0])
+        elif closing:
+            words.append(closer)
+    return sorted(i for i in ids if i is not None), words

@@ -246,6 +246,7 @@ class TrainingRun:
             raise ConfigError([Fault("use_lora", "a quantised base cannot be trained whole", "use_lora=True")])
         before = bases.vocabulary_rows(self.model)
         self._note(bases.ensure_pad(self.tokenizer, self.model))
+        bases.stop_as_trained(self.model, self.tokenizer, self.counts.get("kind") == "messages")
         after = bases.vocabulary_rows(self.model)
         return [i for i in range(before, after) if i != self.tokenizer.pad_token_id]
 
@@ -327,6 +328,7 @@ class TrainingRun:
             "kind": "adapter" if self.config.use_lora else self.whole_kind,
             "chat_template": self.tokenizer.chat_template,
             "prompt_template": self.config.prompt_template or self.spec.prompt_template,
+            "rows_kind": self.counts.get("kind"),
             "vocabulary": bases.vocabulary_rows(self.model),
             "precision": plan.precision,
             "bits": self.counts["bits"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-__all__ = ["ensure_pad", "fit_vocabulary", "vocabulary_rows"]
+__all__ = ["ensure_pad", "fit_vocabulary", "stop_as_trained", "vocabulary_rows"]
 
 
 def ensure_pad(tokenizer: Any, model: Any) -> str | None:
@@ -79,3 +79,20 @@ def _gathered(parts: list[Any]) -> contextlib.AbstractContextManager[Any]:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parts, modifier_rank=0)
+
+
+def stop_as_trained(model: Any, tokenizer: Any, chat: bool) -> None:
+    """Saved with the model, for whoever generates with plain transformers: the tokens that end an answer.
+
+    Args:
+        model: its ``generation_config`` is changed; one without it stays as it is.
+        tokenizer: with the chat template that was trained with.
+        chat: it was trained on chats, whose turns end with a token of the template.
+    """
+    from .templates import stops
+
+    config = getattr(model, "generation_config", None)
+    if config is not None:
+        ids, _ = stops(tokenizer, config.eos_token_id, chat)
+        if ids:
+            config.eos_token_id = ids[0] if len(ids) == 1 else ids

@@ -53,8 +53,8 @@ class Measuring:
         ``f(answer, reference, document)`` that gives a number, of which more is better.
 
         Args:
-            checkpoints: ``"experiment"`` (its last step), ``"experiment/step"``, a ``Checkpoint``, a run, or several of
-                them; all of one base, which is always measured, too.
+            checkpoints: ``"experiment"`` (its last step), ``"experiment/step"``, "latest" (the newest experiment), a
+                ``Checkpoint``, a run, or several of them; all of one base, which is always measured, too.
             select: the documents: a find, or a collection. None: those that validated the first one's run (its
                 validation set, else its valid fold).
             metrics: names and functions. None: all that the rows allow, but chrF.
@@ -97,6 +97,9 @@ class Measuring:
             if not isinstance(one, (str, Checkpoint)):
                 todo = "a name, a Checkpoint or a run"
                 raise ConfigError([Fault("checkpoints", f"{one!r:.60} is no checkpoint", todo)])
+            experiment, slash, step = one.partition("/") if isinstance(one, str) else ("", "", "")
+            if experiment == "latest" and self.store.checkpoints.experiments():
+                one = f"{self.store.checkpoints.experiments()[-1]}{slash}{step}"
             checkpoint = self.named(one) if isinstance(one, str) else one
             found.setdefault(str(checkpoint), checkpoint)
         if not found:

@@ -15,7 +15,7 @@ from llmnb.errors import ConfigError
 from llmnb.events import Metric, Note
 
 COMMANDS = ["quickstart", "train", "runs", "watch", "stop", "resume", "reproduce", "chat"]
-COMMANDS += ["data", "checkpoints", "merge", "export", "show", "db", "ray", "lab", "doctor"]
+COMMANDS += ["data", "checkpoints", "evaluate", "merge", "export", "show", "db", "ray", "lab", "doctor"]
 HEAVY = ("torch", "transformers", "ray", "pymongo", "plotly", "IPython", "rich", "numpy", "deepspeed")
 
 
@@ -357,7 +357,7 @@ def test_an_empty_database(mongo_uri, tmp_path, capsys):
     assert main(["runs", *where]) == 0
     assert "No run yet" in capsys.readouterr().out
     assert main(["show", *where]) == 0
-    assert capsys.readouterr().out.count("none") == 4
+    assert capsys.readouterr().out.count("none") == 5
     assert main(["chat", "hello", *where]) == 1
     assert "There is no checkpoint" in capsys.readouterr().err
     assert main(["watch", *where]) == 1
@@ -428,6 +428,29 @@ def test_merge_export_and_remove(trained, tmp_path, capsys):
     assert "needs a run" in capsys.readouterr().err
     assert main(["checkpoints", run, "--remove", str(step), *where]) == 1
     assert "in use" in capsys.readouterr().err
+
+
+@pytest.mark.mongod
+def test_evaluate(trained, capsys):
+    _, uri, home, db = trained
+    where = ["--uri", uri, "--home", str(home)]
+    run = db.show("run")[-1]
+    assert main(["evaluate", "latest/2", run, "--metrics", "perplexity,token_accuracy", "--limit", "7", *where]) == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert lines[0].startswith("Evaluation of 2 checkpoints of ") and said.err == "", said.err
+    assert [line.split()[0] for line in lines[1:5]] == ["model", "base", f"{run}/2", f"{run}/4"]
+    assert f"{run}/4, worst: " in said.out
+    found = db.evaluation()
+    assert found.id in lines[-1] and found.settings["limit"] == 7
+    assert main(["show", "evaluation", *where]) == 0
+    assert found.id in capsys.readouterr().out
+    assert main(["show", "evaluation", found.id, *where]) == 0
+    assert capsys.readouterr().out == said.out
+    assert main(["evaluate", run, "--metrics", "perplexty", *where]) == 1
+    assert "did you mean perplexity?" in capsys.readouterr().err
+    assert main(["evaluate", run, "--filter", "{}", *where]) == 1
+    assert "give --collection" in capsys.readouterr().err
 
 
 @pytest.mark.mongod

@@ -68,6 +68,12 @@ def test_it_says_the_difference_to_the_base():
         found.gain("run/4", "rouge")
 
 
+def test_no_path_of_this_machine_is_shown():
+    found = value(base="/home/me/models/tiny")
+    assert "/home/me" not in repr(found) + found._repr_html_() and " of tiny on " in repr(found)
+    assert " of org/tiny on " in repr(value(base="org/tiny"))
+
+
 def test_html_is_escaped():
     page = value(notes=("<i>",))._repr_html_()
     assert "an &lt;b&gt;answer&lt;/b&gt;" in page and "&lt;i&gt;" in page

@@ -306,6 +306,10 @@ def test_completion_of_checkpoints(ready, db, tmp_path):
     assert set(complete(ready, "%%llm_chat --checkpoint ")) == names
     assert set(complete(ready, "%llm_train --model m --adapter_id ")) == names
     assert "base" in complete(ready, "%%llm_chat --compare ")
+    assert names <= set(complete(ready, "found = %llm_evaluate "))
+    assert {first, f"{first}/20"} == names & set(complete(ready, f"%llm_evaluate {first}/10 ")), "more than one"
+    assert complete(ready, f"%llm_evaluate {first} --metrics perp") == ["perplexity"]
+    assert "bleu" in complete(ready, f"%llm_evaluate {first} --metrics perplexity ")
     assert complete(ready, f"t = %llm_checkpoints {first[:8]}") == [first]
     assert set(complete(ready, f"%llm_checkpoints {first}/")) == names - {first}, "steps, once one is begun"
     assert not names & set(complete(ready, f"%llm_checkpoints {first}/10 --merge ")), "a folder comes there"
@@ -479,6 +483,30 @@ def test_checkpoints_are_returned_exported_and_removed(ready, db, tmp_path, monk
     ):
         said, result = run(ready, f"%llm_checkpoints {line}")
         assert words in said and not result.success
+
+
+def test_evaluate_says_its_words_to_the_database(ready, db, monkeypatch):
+    asked = []
+    monkeypatch.setattr(db, "evaluate", lambda *names, **words: asked.append((*names, words)) or "the table")
+    said, result = run(ready, "%llm_evaluate run-1 run-2/4 --metrics perplexity,ROUGE --limit 5 --rank_by rougeL")
+    assert result.result == "the table", said
+    words = {"metrics": ["perplexity", "ROUGE"], "rank_by": "rougeL", "limit": 5, "base": None}
+    assert asked.pop() == (["run-1", "run-2/4"], words)
+    run(ready, "def mine(answer, reference): return 1.0\ndef shout(text): return {'text': text}\nbleu = print")
+    line = "--metrics bleu mine --collection docs --filter '{\"n\": 1}' --transform shout --max_new_tokens 9"
+    said, result = run(ready, f"%llm_evaluate {line}")
+    names, words = asked.pop()
+    assert names == "latest" and words["select"] == Collection("docs").find({"n": 1}) and words["max_new_tokens"] == 9
+    assert words["metrics"] == ["bleu", ready.user_ns["mine"]] and words["transform"] is ready.user_ns["shout"]
+    for wrong, why in (
+        ("--filter '{}'", "give --collection"),
+        ("--transform shou", "did you mean shout"),
+        ("--metric bleu", "did you mean --metrics"),
+        ("--limit none", "limit"),
+    ):
+        said, result = run(ready, f"%llm_evaluate run-1 {wrong}")
+        assert why in said and not result.success
+    assert not asked
 
 
 # --- training -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from ..options import CHANGEABLE
 __all__ = ["parse"]
 
 _RUN = "the run's id, or latest"
+_KINDS = ("model", "checkpoint", "run", "collection", "evaluation")
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -198,6 +199,7 @@ def _stored(commands: Any) -> None:
     made.add_argument("experiment", nargs="?", metavar="RUN", help="a run's id, or latest; default: all")
     made.add_argument("--remove", metavar="STEP", type=_count, help="remove this step of the run")
     _where(made)
+    _evaluate(commands)
     made = _add(
         commands,
         "merge",
@@ -220,9 +222,30 @@ def _stored(commands: Any) -> None:
     made.add_argument("checkpoint", metavar="EXPERIMENT[/STEP]", help="default step: the last; latest: the newest run")
     made.add_argument("folder", metavar="FOLDER", help="a new folder")
     _where(made)
-    made = _add(commands, "show", "showing", "list what is in the database: models, checkpoints, collections")
-    made.add_argument("kind", nargs="?", choices=("model", "checkpoint", "run", "collection"), help="only this kind")
+    made = _add(commands, "show", "showing", "list what is in the database: models, checkpoints, evaluations, …")
+    made.add_argument("kind", nargs="?", choices=_KINDS, help="only this kind")
     made.add_argument("identifier", nargs="?", help="a model's name, or an experiment")
+    _where(made)
+
+
+def _evaluate(commands: Any) -> None:
+    made = _add(
+        commands,
+        "evaluate",
+        "evaluating",
+        "measure checkpoints against their base, with the worst and the best row of each",
+        "On the documents that validated the run, or on a collection. Metrics: perplexity, token_accuracy and, for "
+        "pairs and chats, exact_match, rouge (rouge1, rouge2, rougeL), bleu, chrf. The result is kept in the database.",
+    )
+    made.add_argument("checkpoints", nargs="*", metavar="RUN[/STEP]", help="default: latest; all of one base")
+    made.add_argument("--collection", metavar="C", help="documents to measure on; default: what validated the run")
+    made.add_argument("--filter", metavar="JSON", help="a MongoDB filter: only these documents of the collection")
+    made.add_argument("--metrics", metavar="M,M", help="parted by commas; default: all that the rows allow, but chrf")
+    made.add_argument("--limit", type=_count, default=200, metavar="N", help="at most N documents (200)")
+    made.add_argument("--max-new-tokens", type=_count, metavar="N", help="tokens of an answer (128)")
+    made.add_argument("--batch-size", type=_count, metavar="N", help="rows at a time (8)")
+    made.add_argument("--rank-by", metavar="M", help="the metric that the worst and the best row are told by")
+    made.add_argument("--base", metavar="M", help="where the base is now, when it moved: a folder or a hub id")
     _where(made)
 
 

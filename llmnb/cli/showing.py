@@ -22,6 +22,7 @@ def show(known: argparse.Namespace) -> int:
 
     database = connect(known.uri, home=known.home)
     printers = {"collection": _collections, "model": _models, "checkpoint": _checkpoints, "run": _runs}
+    printers["evaluation"] = _evaluations
     if known.kind is None:
         paper.fact("Database", paper.place(database.store))
         for kind, printer in printers.items():
@@ -135,6 +136,14 @@ def _checkpoints(database: Datalayer, name: str | None) -> None:
             loss = paper.figure(c.metrics.get("eval_loss"))
             rows.append((experiment, c.step, loss, paper.size(c.size), "best" if c.best else "", c.kind))
     _table(("experiment", "step", "eval loss", "size", "", "kind"), rows)
+
+
+def _evaluations(database: Datalayer, name: str | None) -> None:
+    if name is not None:
+        print(database.evaluation(name))
+        return
+    rows = [(e.id, e.rows.get("words", ""), ", ".join(e.names[1:])) for e in reversed(database.evaluations())]
+    _table(("evaluation", "of", "checkpoints"), rows)
 
 
 def _runs(database: Datalayer, name: str | None) -> None:

@@ -11,7 +11,7 @@ from .measures import figure, gap
 if TYPE_CHECKING:
     from . import Evaluation, Example, Scores
 
-__all__ = ["examples", "page", "table", "text"]
+__all__ = ["base_name", "examples", "measured_on", "page", "parts", "table", "text"]
 
 _WIDTH = 100  # characters of a text that a line shows
 _FONT = "font-variant-numeric:tabular-nums;font-family:var(--jp-ui-font-family,var(--vscode-font-family,sans-serif))"
@@ -46,7 +46,7 @@ def examples(found: Evaluation, scores: Scores) -> list[tuple[str, Example]]:
 def parts(example: Example) -> list[tuple[str, str]]:
     """What is to be read of a row, each with its name."""
     if example.answer is None:
-        return [("text", example.reference)]
+        return [("prompt", example.prompt)] * bool(example.prompt) + [("text", example.reference)]
     return [("prompt", example.prompt), ("reference", example.reference), ("answer", example.answer)]
 
 
@@ -54,7 +54,7 @@ def text(found: Evaluation) -> str:
     """For a terminal: the table, what it was measured on, and the worst and the best row of each trained model."""
     columns, rows = table(found)
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-    lines = [f"Evaluation of {_models(found)} of {found.base} on {measured_on(found)}"]
+    lines = [f"Evaluation of {_models(found)} of {base_name(found)} on {measured_on(found)}"]
     for row in [columns, *rows]:
         cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
         lines.append("  ".join(cells).rstrip())
@@ -72,7 +72,7 @@ def page(found: Evaluation) -> str:
     """For a notebook: the table, and under it the rows of each model, folded."""
     columns, rows = table(found)
     out = [f'<div class="llmnb-words llmnb-evaluation" style="{_FONT}">']
-    out.append(f"<div>{_e(_models(found))} of {_e(found.base)} on {_e(measured_on(found))}</div>")
+    out.append(f"<div>{_e(_models(found))} of {_e(base_name(found))} on {_e(measured_on(found))}</div>")
     out.append('<table style="border-collapse:collapse;margin:4px 0;font-size:inherit">')
     out += [_row("th", columns), *(_row("td", row) for row in rows), "</table>"]
     out += [f'<div style="opacity:.75">{_e(note)}</div>' for note in found.notes]
@@ -96,6 +96,11 @@ def measured_on(found: Evaluation) -> str:
     words = str(found.rows.get("words") or "the rows given")
     more = f", {counts['trained']:,} tokens" if counts.get("trained") else ""
     return words + more
+
+
+def base_name(found: Evaluation) -> str:
+    """The base as a hub id, or the name of its folder: a path of this machine says nothing elsewhere."""
+    return found.base.rstrip("/").rpartition("/")[2] if found.base.startswith(("/", "~", ".")) else found.base
 
 
 def _models(found: Evaluation) -> str:

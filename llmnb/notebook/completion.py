@@ -73,9 +73,10 @@ class Matcher:
             values = self._values(magic, option, before, actions)
             return values or []  # what nobody knows is IPython's to complete: a folder
         options = self._options(magic) if not fragment else []
-        if _positionals(before, actions):
+        several = any(not action.option_strings and action.nargs == "*" for action in actions)
+        if _positionals(before, actions) and not several:
             return options
-        found = self._positional(magic, fragment)
+        found = [word for word in self._positional(magic, fragment) if word not in before]
         return [*found, *options] if before or not found else found
 
     def _options(self, magic: str) -> list[str]:
@@ -92,6 +93,10 @@ class Matcher:
         from .. import options
         from .arguments import OBJECTS, types_of
 
+        if option in ("metrics", "rank_by"):
+            from ..evaluation.measures import GROUPS, KNOWN
+
+            return [*KNOWN, *(() if option == "rank_by" else GROUPS), *self._variables("transform")]
         if option in OBJECTS or option == "llm":
             return self._variables(option)
         if option in ("checkpoint", "compare", "adapter_id"):
@@ -126,6 +131,8 @@ class Matcher:
             return [record["_id"] for record in store.runs.list(limit=50)] if store else []
         if magic == "llm_data":
             return self._collections()
+        if magic == "llm_evaluate":
+            return self._checkpoints(steps=True)
         if magic == "llm_checkpoints":
             return self._checkpoints(steps="/" in fragment)
         return self._variables("uri") if magic == "llm_connect" else []

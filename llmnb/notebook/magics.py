@@ -31,6 +31,7 @@ NAMES = (
     "llm_stop",
     "llm_resume",
     "llm_checkpoints",
+    "llm_evaluate",
     "llm_chat",
     "llm_help",
 )
@@ -328,6 +329,34 @@ class LlmMagics(Magics):
         )
         line.update({"text/plain": f"Merged {name}."}, raw=True)
         return report
+
+    @magic_arguments()
+    @argument("checkpoints", nargs="*", metavar="RUN/STEP", help="RUN (its last step) or RUN/STEP; nothing: the newest")
+    @argument("--collection", help="the documents to measure on; nothing: those that validated the run")
+    @argument("--filter", help="a MongoDB filter, in quotes: only these documents of the collection")
+    @argument(
+        "--metrics", nargs="+", metavar="M", help="perplexity, rouge, … and functions of yours; nothing: the usual"
+    )
+    @argument("--limit", type=int, default=200, help="at most so many documents (200)")
+    @argument("--max_new_tokens", type=int, help="tokens of an answer (128)")
+    @argument("--batch_size", type=int, help="rows at a time (8)")
+    @argument("--rank_by", metavar="M", help="the metric that best and worst rows are told by")
+    @argument("--transform", help="the name of the run's function, when it had one")
+    @argument("--base", metavar="FOLDER", help="where the base is now, when it moved")
+    @_HELP
+    @no_var_expand
+    @line_magic
+    @bordered
+    def llm_evaluate(self, known: Any, _rest: list[str], _cell: str | None) -> Any:
+        """Measures checkpoints against their base on the same documents. Returns the evaluation.
+
+        Perplexity and token accuracy, and for pairs and chats exact match, ROUGE and BLEU over answers, or a function
+        of the notebook's by its name: --metrics rouge my_function, with my_function(answer, reference). The result is
+        kept in the database: db.evaluations()
+        """
+        from .evaluating import evaluate
+
+        return evaluate(self.session, known, self.shell.user_ns)
 
     # -- chat ------------------------------------------------------------------------------------------------
 

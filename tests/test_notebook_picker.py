@@ -17,6 +17,8 @@ from llmnb import connect
 from llmnb.config import ModelSpec
 from llmnb.engine.proof import MergeReport
 from llmnb.errors import DatabaseError, ModelError, NotFound
+from llmnb.evaluation import Evaluation, Example, Scores
+from llmnb.launch.evaluating import EvaluationProcess
 from llmnb.launch.merging import MergeProcess
 from llmnb.notebook import picker_data
 from llmnb.notebook.session import Session
@@ -198,6 +200,58 @@ def test_a_merge_shows_its_steps_and_its_proof(session, db, page, three, monkeyp
     lines = dict(result["lines"])
     assert lines["same top token"] == "99.96 %" and lines["KL divergence"] == "1.5e-05 nats"
     assert lines["measured on"].startswith("24 rows of the valid fold of tickets: 1200 tokens")
+
+
+EVALUATION = Evaluation(
+    models=(
+        Scores("base", {"perplexity": 80.0, "rougeL": 0.25}, {"rows": 4, "trained": 1200}),
+        Scores(
+            "run-1-tickets/100",
+            {"perplexity": 12.5, "rougeL": 0.75},
+            {"rows": 4, "trained": 1200},
+            best=(Example("7", 1.0, "what?", "a cat", "a <b>cat</b>"),),
+            worst=(Example("3", 0.0, "who?", "a dog", "the sea"),),
+        ),
+    ),
+    metrics=("perplexity", "rougeL"),
+    base="/home/me/models/gpt2",
+    rows={"words": "4 documents of the valid fold of faq"},
+    rank_by="rougeL",
+    notes=("run-1-tickets/100: 1 answers were cut at 128 new tokens",),
+    id="20261128-014139-345",
+)
+
+
+def test_an_evaluation_shows_its_steps_and_its_table(session, db, page, three, monkeypatch):
+    seen = []
+
+    def evaluate(names, say, process):
+        seen.append((names, isinstance(process, EvaluationProcess)))
+        say("base: reading 4 rows")
+        return EVALUATION
+
+    monkeypatch.setattr(db, "evaluate", evaluate)
+    found = opened(session, db)
+    hears(found, "evaluate", names=[three[2], three[1]])
+    settled(found)
+    assert seen == [([three[2], three[1]], True)]
+    steps = [m["content"]["busy"] for m in page.messages if m["kind"] == "doing" and m["content"]["busy"]]
+    assert steps[0]["words"] == f"Evaluating {three[2]}, {three[1]}" and steps[0]["stops"] == ""
+    assert steps[-1]["now"] == "base: reading 4 rows" and steps[-1]["stops"] == "Stop evaluating"
+    result = page.told("doing")["result"]
+    assert result["head"] == "Evaluated run-1-tickets/100 against the base gpt2."
+    assert result["table"]["columns"] == ["model", "perplexity", "rougeL"]
+    assert result["table"]["rows"][1] == ["run-1-tickets/100", "12.5 (−67.5)", "0.750 (+0.500)"]
+    lines = dict(result["lines"])
+    assert lines["measured on"] == "4 documents of the valid fold of faq, 1,200 tokens"
+    assert lines["kept as"] == EVALUATION.id and "were cut" in lines["note"]
+    (example,) = result["examples"]
+    assert example["name"] == "run-1-tickets/100"
+    assert example["shown"][0] == [
+        "worst: 3, rougeL 0.000",
+        [("prompt", "who?"), ("reference", "a dog"), ("answer", "the sea")],
+    ]
+    assert json.loads(json.dumps(result))["examples"][0]["shown"][1][0] == "best: 7, rougeL 1.000"
 
 
 def test_one_thing_at_a_time_and_a_merge_can_be_stopped(session, db, page, three, monkeypatch):

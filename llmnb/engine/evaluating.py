@@ -305,7 +305,7 @@ def _questions(documents: Sequence[Mapping[str, Any]], tokenizer: Any, one: Aske
 
 def _concerns(note: str) -> bool:
     """Not what only a training needs to know."""
-    return not note.startswith(("the tokenizer has no EOS", "prompts and responses touch"))
+    return not note.startswith(("the tokenizer has no EOS", "prompts and responses touch", "the chat template writes"))
 
 
 def _length(question: Question, tokenizer: Any, template: str) -> int:

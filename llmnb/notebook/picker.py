@@ -1,9 +1,9 @@
 """The checkpoint picker: checkpoints as rows, and what can be done with them.
 
-The page says ``ready``, ``look``, ``choose``, and what to do: ``chat``, ``merge``, ``export``, ``remove``, ``stop``.
-The picker says ``list`` (rows), ``doing`` (what is being done, what came of the last thing) and, at each ``ready``,
-``all`` of it, so that a page that is loaded again shows what it showed before. Whatever reads the database or takes
-longer runs on a thread that ends when nothing is left to do. The widget's state holds nothing.
+The page says ``ready``, ``look``, ``choose``, and what to do: ``chat``, ``evaluate``, ``merge``, ``export``,
+``remove``, ``stop``. The picker says ``list`` (rows), ``doing`` (what is being done, what came of the last thing) and,
+at each ``ready``, ``all`` of it, so that a page that is loaded again shows what it showed before. Whatever reads the
+database or takes longer runs on a thread that ends when nothing is left to do. The widget's state holds nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Picker", "PickerTable", "PickerView"]
 class PickerTable(anywidget.AnyWidget):
     """The widget. Only its ``send`` is used from threads; it has no traits of its own."""
 
-    _esm = script("picker.js")
+    _esm = script("picker_result.js", "picker.js")
     _css = style("picker.css")
 
 
@@ -172,7 +172,7 @@ class Picker:
     # -- acting ----------------------------------------------------------------------------------------------
 
     def _begin(self, words: str, work: Callable[[], dict[str, Any] | None]) -> None:
-        self._busy, self._result = {"words": words, "now": "", "began": time.time(), "stops": False}, None
+        self._busy, self._result = {"words": words, "now": "", "began": time.time(), "stops": ""}, None
         self._tell("doing", **self._doing())
         self._worker = threading.Thread(target=self._carry_out, args=(work,), name="llmnb-picker-work", daemon=True)
         self._worker.start()
@@ -203,13 +203,23 @@ class Picker:
         from ..launch.merging import MergeProcess
 
         process = MergeProcess()
-        with self._lock:
-            self._process = process
-            assert self._busy is not None
-            self._busy["stops"] = True
+        self._can_stop(process, "Stop merging")
         (name,) = names
         report = self._database.merge(name, _folder_of(folder), say=self._said(), process=process)
         return picker_data.merged(name, folder, report)
+
+    def _can_stop(self, process: Any, words: str) -> None:
+        with self._lock:
+            self._process = process
+            assert self._busy is not None
+            self._busy["stops"] = words
+
+    def _evaluate(self, names: list[str], _folder: str) -> dict[str, Any]:
+        from ..launch.evaluating import EvaluationProcess
+
+        process = EvaluationProcess()
+        self._can_stop(process, "Stop evaluating")
+        return picker_data.evaluated(self._database.evaluate(names, say=self._said(), process=process))
 
     def _said(self) -> Callable[[str], None]:
         def say(words: str) -> None:
@@ -274,6 +284,7 @@ def _folder_of(text: str) -> str:
 
 _ACTIONS: dict[str, tuple[Callable[[Picker, list[str], str], dict[str, Any] | None], str]] = {
     "chat": (Picker._chat, "Opening the chat"),
+    "evaluate": (Picker._evaluate, "Evaluating {names}"),
     "merge": (Picker._merge, "Merging {names}"),
     "export": (Picker._export, "Exporting {names}"),
     "remove": (Picker._remove, "Removing {names}"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..errors import LlmnbError, NotFound
+from ..evaluation import Evaluation, drawing
 from . import words
 from .tables import Table, local_time, short
 
@@ -128,6 +129,28 @@ def merged(name: str, folder: str, report: Any) -> dict[str, Any]:
     """The proof of a merge, for the page."""
     head = f"Merged {name} into {folder} ({words.size(report.size)}): it says what the adapter says."
     return {"head": head, "lines": [list(line) for line in report.lines()]}
+
+
+def evaluated(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation, for the page: its table, what it was measured on, and rows of each model."""
+    columns, figures = drawing.table(evaluation)
+    lines = [["measured on", drawing.measured_on(evaluation)]]
+    lines += [["note", note] for note in evaluation.notes]
+    if evaluation.id:
+        lines.append(["kept as", evaluation.id])
+    examples = [
+        {
+            "name": scores.name,
+            "shown": [[head, drawing.parts(row)] for head, row in drawing.examples(evaluation, scores)],
+        }
+        for scores in evaluation.models
+    ]
+    return {
+        "head": f"Evaluated {', '.join(evaluation.names[1:])} against the base {drawing.base_name(evaluation)}.",
+        "lines": lines,
+        "table": {"columns": columns, "rows": figures},
+        "examples": [example for example in examples if example["shown"]],
+    }
 
 
 def exported(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:

@@ -124,6 +124,36 @@ def test_checkpoints_are_listed_merged_exported_and_removed_with_the_keyboard(dr
         page.until(RESULT, 20, "it says what the adapter says")
         assert box.locator("tr.llmnb-chosen").count() == 1 and box.locator("tbody tr").count() == 3
 
+        # evaluated against the base; the table and the rows are read, and outlive a reload
+        to(page, "Evaluate")
+        keys.press("Enter")
+        page.until("() => document.querySelector('.llmnb-picker-busy span').textContent.includes('Evaluating')", 5)
+        page.until("() => document.querySelector('.llmnb-picker-busy button').textContent === 'Stop evaluating'", 60)
+        page.picture(tmp_path / "evaluating.png")
+        page.until(RESULT, 180, "against the base")
+        found = db.evaluation()
+        figures = proof.locator(".llmnb-picker-figures tbody tr")
+        assert figures.locator("th").all_inner_texts() == ["base", f"{lora}/4"]
+        cells = figures.nth(1).locator("td").all_inner_texts()
+        assert cells[0].startswith(f"{found[f'{lora}/4'].metrics['perplexity']:.4g}\n(−") and len(cells) == 7
+        words = dict(zip(proof.locator("dt").all_inner_texts(), proof.locator("dd").all_inner_texts()))
+        assert (
+            words["measured on"].startswith("3 documents of the valid fold of chats") and words["kept as"] == found.id
+        )
+        proof.locator("summary").nth(1).focus()
+        keys.press("Enter")
+        opened = proof.locator("details").nth(1)
+        assert "what is your name?" in opened.inner_text() and "my name is model." in opened.inner_text()
+        assert NAMELESS.findall(box.aria_snapshot()) == []
+        page.picture(tmp_path / "evaluated.png")
+        wide = "(e) => e.scrollWidth <= e.clientWidth"
+        assert proof.locator(".llmnb-picker-figures").evaluate(wide), "seven metrics stand side by side"
+        page.page.reload()
+        page.page.wait_for_selector(".llmnb-picker-box tbody tr", timeout=60_000)
+        page.idle()
+        page.until(RESULT, 20, "against the base")
+        assert proof.locator(".llmnb-picker-figures tbody tr").count() == 2
+
         # what cannot be says why
         assert box.get_by_role("button", name="Remove").get_attribute("title") == ""
         box.locator("tbody input").nth(1).uncheck()

@@ -64,7 +64,7 @@ class View {
     const words = `llmnb-picker-${ids.next++}`;
     this.buttons = {};
     const line = element("div", "llmnb-picker-actions");
-    const names = { chat: "Chat", compare: "Compare with base", merge: "Merge …", export: "Export …", remove: "Remove" };
+    const names = { chat: "Chat", compare: "Compare with base", evaluate: "Evaluate", merge: "Merge …", export: "Export …", remove: "Remove" };
     for (const [name, text] of Object.entries(names)) {
       const button = element("button", "", { "aria-describedby": words }, text);
       button.addEventListener("click", () => this.press(name));
@@ -99,7 +99,7 @@ class View {
   foot() {
     this.busyWords = element("span", "", { role: "status" });
     this.busyTime = element("span", "llmnb-dim");
-    this.stop = element("button", "", { hidden: "" }, "Stop merging");
+    this.stop = element("button", "", { hidden: "" });
     this.stop.addEventListener("click", () => {
       if (!this.send({ kind: "stop" })) return;
       say(this.stop, "Stopping …");
@@ -201,6 +201,7 @@ class View {
     const { busy } = this.shared.doing;
     if (busy) return `${busy.words} first`;
     if (!rows.length) return "Select a checkpoint";
+    if (action === "evaluate") return "";
     if (action === "compare") return rows.length > MOST ? `At most ${MOST} are compared at once` : "";
     if (action === "remove") {
       const held = rows.find((row) => row.held);
@@ -226,6 +227,7 @@ class View {
     }
     this.sure = false;
     if (action === "remove") return this.act({ kind: "remove", names }, "Removing …");
+    if (action === "evaluate") return this.act({ kind: "evaluate", names }, "Evaluating");
     const asked = action === "compare" && names.length === 1 ? ["base", ...names] : names;
     this.act({ kind: "chat", names: asked }, "Opening the chat …");
     this.asking = true;
@@ -241,7 +243,7 @@ class View {
 
   act(message, words) {
     if (!this.send(message)) return;
-    Object.assign(this.shared.doing, { busy: { words, now: "", began: this.now(), stops: false }, result: null });
+    Object.assign(this.shared.doing, { busy: { words, now: "", began: this.now(), stops: "" }, result: null });
     this.shared.draw();
   }
 
@@ -343,11 +345,12 @@ class View {
       if (name === "merge" || name === "export") button.setAttribute("aria-expanded", String(this.form === name));
     }
     say(this.buttons.compare, rows.length > 1 ? `Compare ${rows.length}` : "Compare with base");
+    say(this.buttons.evaluate, rows.length > 1 ? `Evaluate ${rows.length}` : "Evaluate");
     say(this.buttons.remove, this.sure ? `Remove ${rows.length > 1 ? rows.length : "it"} for good` : "Remove");
     this.buttons.remove.classList.toggle("llmnb-picker-sure", this.sure);
     const last = this.sure && rows.some((row) => row.resumable) ? " Its run could then not be resumed." : "";
     const count = rows.length ? `${rows.length} selected` : "";
-    say(this.words, this.sure ? `Press again to remove ${rows.map((row) => `step ${row.step}`).join(", ")}.${last}` : this.note || count || "Select checkpoints: one to chat, merge or export, more to compare.");
+    say(this.words, this.sure ? `Press again to remove ${rows.map((row) => `step ${row.step}`).join(", ")}.${last}` : this.note || count || "Select checkpoints: one to chat, merge or export, more to compare or evaluate.");
     this.formBox.hidden = !this.form;
     if (this.form) {
       say(this.go, WORDS[this.form]);
@@ -360,10 +363,8 @@ class View {
     if (busy) {
       say(this.busyWords, busy.now ? `${busy.words}: ${busy.now}` : busy.words);
       this.stop.hidden = !busy.stops;
-    } else {
-      say(this.stop, "Stop merging");
-      this.stop.removeAttribute("aria-disabled");
-    }
+      if (this.stop.getAttribute("aria-disabled") !== "true") say(this.stop, busy.stops || "");
+    } else this.stop.removeAttribute("aria-disabled");
     if (this.asking && !busy) {
       this.asking = false;
       if (!result) this.goOn();
@@ -372,9 +373,7 @@ class View {
     this.result.hidden = !result || Boolean(result.fault);
     if (!result || result.fault || this.drawn === result) return;
     this.drawn = result;
-    const lines = element("dl");
-    for (const [what, figure] of result.lines) lines.append(element("dt", "", {}, what), element("dd", "", {}, figure));
-    this.result.replaceChildren(element("div", "llmnb-picker-head-line", { role: "status" }, result.head), lines);
+    this.result.replaceChildren(...resultOf(result));
   }
 
   tick() {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import fake_engine
@@ -13,7 +15,7 @@ import pytest
 from llmnb import LLM, Collection, LLMTrainer, connect
 from llmnb.errors import LaunchError, NotFound, RunError
 from llmnb.events import CheckpointSaved, Metric, Note, StateChanged
-from llmnb.launch import cluster
+from llmnb.launch import cluster, machine
 from llmnb.launch.progress import Progress
 
 
@@ -104,6 +106,38 @@ def test_trap22_a_stopped_run_of_the_real_engine_resumes_where_it_was(db, tiny_l
 
 
 # -- a cluster that is slow ------------------------------------------------------------------------------------
+
+
+KILLED = """
+import os, sys
+import llmnb.launch.runner as runner
+import llmnb.launch.start as start
+from llmnb import LLM, Collection, LLMTrainer, connect
+uri, home, base, when = sys.argv[1:]
+killed = lambda *words, **more: os.kill(os.getpid(), 9)
+if when == "recorded":
+    start._to_our_runner = killed
+else:
+    runner.submit = killed
+db = connect(uri, home=home)
+trainer = LLMTrainer("t", select=Collection("sums").find(), key="text", output_dir=home + "/out", use_cpu=True)
+db.apply(LLM("sums", base, trainer=trainer), wait=False)
+"""
+
+
+@pytest.mark.mongod
+@pytest.mark.parametrize("when", ["recorded", "named"])
+def test_a_run_whose_starter_is_killed_before_it_is_handed_over_is_lost_at_once(mongo_uri, tiny_llama, tmp_path, when):
+    db = connect(mongo_uri, home=tmp_path)
+    db.execute(Collection("sums").insert_many([{"text": f"{i}", "_fold": "train"} for i in range(8)]))
+    killed = subprocess.run([sys.executable, "-c", KILLED, mongo_uri, str(tmp_path), tiny_llama, when], check=False)
+    assert killed.returncode == -9
+    run = db.run()
+    assert run.record["state"] == "queued" and bool(run.record.get("runner")) is (when == "named")
+    assert run.look() == "lost" and "before the run began" in str(run.error)
+    db.store.runs.reopen(run.id, 1, starter={**machine.this_process(), "since": time.time()})
+    assert run.look() == "queued", "whoever starts it is alive"
+    db.close()
 
 
 def test_a_cluster_that_is_slow_to_answer_is_not_ended(tmp_path, monkeypatch):

@@ -10,18 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from ..errors import LaunchError
 from ..events import Event, StateChanged
-from . import spool, tickets
+from . import machine, spool, tickets
 from .heart import patiently
 from .masking import Mask
 
@@ -65,7 +62,7 @@ def bury(store: Store, record: dict[str, Any], cause: Cause | None = None) -> bo
         False when the run is over, or lives.
     """
     cause = cause or Cause()
-    if record["state"] in _FINAL or _lives(record):
+    if record["state"] in _FINAL or machine.found(record.get("owner") or {}):
         return False
     run, attempt = record["_id"], int(record.get("attempt") or 1)
     if record["state"] == "queued":
@@ -85,19 +82,6 @@ def bury(store: Store, record: dict[str, Any], cause: Cause | None = None) -> bo
     if own is not None:
         fields["last_seq"] = own.last_seq
     return bool(store.runs.transition(run, record["state"], state, attempt=attempt, **fields))
-
-
-def _lives(record: dict[str, Any]) -> bool:
-    """True when its worker is on this machine and alive."""
-    owner = record.get("owner") or {}
-    if owner.get("host") != socket.gethostname() or not owner.get("pid"):
-        return False
-    try:
-        process = psutil.Process(int(owner["pid"]))
-        same = abs(process.create_time() - float(owner.get("born", 0))) < 2.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 def _never_began(store: Store, record: dict[str, Any], attempt: int, cause: Cause) -> bool:

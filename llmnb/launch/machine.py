@@ -6,11 +6,14 @@ import functools
 import glob
 import os
 import shutil
+import socket
 import subprocess
+from collections.abc import Mapping
+from typing import Any
 
 import psutil
 
-__all__ = ["cpus", "devices", "gpus_visible", "memory_free"]
+__all__ = ["cpus", "devices", "found", "gone", "gpus_visible", "memory_free", "this_process"]
 
 
 @functools.cache
@@ -48,3 +51,26 @@ def devices() -> list[str]:
     if named is not None:
         return [part.strip() for part in named.split(",") if part.strip() not in ("", "-1")]
     return [str(number) for number in range(gpus_visible())]
+
+
+def this_process() -> dict[str, Any]:
+    """Names this process for a record: ``host``, ``pid``, and when it was ``born``, because numbers are used again."""
+    me = psutil.Process()
+    return {"host": socket.gethostname(), "pid": me.pid, "born": me.create_time()}
+
+
+def found(process: Mapping[str, Any]) -> psutil.Process | None:
+    """The process that ``this_process`` named, when it is on this machine and alive."""
+    if process.get("host") != socket.gethostname() or not process.get("pid"):
+        return None
+    try:
+        there = psutil.Process(int(process["pid"]))
+        same = abs(there.create_time() - float(process.get("born", 0))) < 2.0
+        return there if same and there.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.Error:
+        return None
+
+
+def gone(process: Mapping[str, Any]) -> bool:
+    """True when it was on this machine and is no more. Of another machine's nothing is known."""
+    return bool(process.get("pid")) and process.get("host") == socket.gethostname() and found(process) is None

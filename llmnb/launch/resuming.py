@@ -7,6 +7,7 @@ transform, arguments of the Trainer) must be given again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..config import ModelSpec, TrainConfig, thaw
 from ..errors import ConfigError, Fault, NotFound, RunError, near
 from ..events import Event
 from ..job import TrainJob, source_text
-from . import rayconfigs
+from . import machine, rayconfigs
 from .run import FINAL, Run
 from .start import begin, check
 from .worker import own_folder
@@ -79,6 +80,7 @@ def resume(
         cluster=cluster,
         ray_configs=described,
         background=background or not wait,
+        starter={**machine.this_process(), "since": time.time()},
         extended=bool(record.get("extended")) or _longer(before, config),
     )
     if opened is None:

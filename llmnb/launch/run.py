@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import datetime as dt
 import importlib
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from ..checkpoint import Checkpoint
 from ..errors import NotFound, RunError
 from ..events import CheckpointSaved, Event, Metric, Note, StateChanged
-from . import away, runner, spool
+from . import away, machine, runner, spool
 from .burial import bury
 from .jobs import at
 from .progress import Progress
@@ -34,6 +31,8 @@ __all__ = ["FINAL", "Run", "WorkerTraceback"]
 FINAL = frozenset({"done", "failed", "stopped", "lost"})
 # How often a waiting handle looks whether the worker is still there, seconds.
 _LOOK_EVERY_S = 5.0
+# How long it may take to hand a run over to a cluster that takes none at once, seconds.
+_HANDING_OVER_S = 3600.0
 _NOT_METRICS = (CheckpointSaved.kind, Note.kind, StateChanged.kind)
 
 
@@ -266,7 +265,7 @@ class Run:
             time.sleep(0.2)
         record = self.record
         attempt = record.get("attempt", 1)
-        process = _worker_process(record)
+        process = machine.found(record.get("owner") or {})
         if process is not None:
             process.kill()
             process.wait(5.0)
@@ -402,9 +401,9 @@ class Run:
         if record.get("job"):
             self._look_at_job(record)
         if state == "queued":
-            if runner.forgot(record):
+            if runner.forgot(record) or _dropped(record):
                 bury(self._store, record)
-        elif _gone(record):
+        elif machine.gone(record.get("owner") or {}):
             # Its last words may be on their way: the process ends a moment after it wrote its last state.
             time.sleep(0.5)
             bury(self._store, self.record)
@@ -429,6 +428,14 @@ class Run:
         return at(address) if address else None
 
 
+def _dropped(record: Mapping[str, Any]) -> bool:
+    """True when the process that was about to hand a queued run over is gone, and nobody else has it."""
+    starter = record.get("starter")
+    if not starter or record.get("runner") or record.get("job") or record.get("ray_address"):
+        return False
+    return machine.gone(starter) or time.time() - float(starter["since"]) > _HANDING_OVER_S
+
+
 def _points(events: list[Event]) -> list[dict[str, Any]]:
     return [
         {"step": event.step, "epoch": event.epoch, "time": event.time, **event.values}
@@ -439,22 +446,3 @@ def _points(events: list[Event]) -> list[dict[str, Any]]:
 
 def _now() -> dt.datetime:
     return dt.datetime.now(dt.timezone.utc)
-
-
-def _worker_process(record: dict[str, Any]) -> psutil.Process | None:
-    """The worker's process when it is on this machine and alive."""
-    owner = record.get("owner") or {}
-    if owner.get("host") != socket.gethostname() or not owner.get("pid"):
-        return None
-    try:
-        process = psutil.Process(int(owner["pid"]))
-        same = abs(process.create_time() - float(owner.get("born", 0))) < 2.0
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.Error:
-        return None
-
-
-def _gone(record: dict[str, Any]) -> bool:
-    """True when the worker ran on this machine and its process is no more."""
-    owner = record.get("owner") or {}
-    return owner.get("host") == socket.gethostname() and bool(owner.get("pid")) and _worker_process(record) is None

@@ -114,7 +114,7 @@ def forgot(record: Mapping[str, Any]) -> bool:
             _told(home, {"do": "look"})
         return False
     # Whoever applied may be about to hand it over.
-    return time.time() - float(record["runner"]["since"]) > _HANDING_OVER_S
+    return machine.gone(record.get("starter") or {}) or time.time() - float(record["runner"]["since"]) > _HANDING_OVER_S
 
 
 def _place(record: Mapping[str, Any]) -> Path | None:

@@ -74,6 +74,7 @@ def launch(
         version=version,
         config=config,
         background=background or not wait,
+        starter={**machine.this_process(), "since": time.time()},
         cluster=objects.get("ray_address"),
         ray_configs=rayconfigs.described(objects.get("ray_configs") or {}),
         **({"reproduces": dict(reproduces)} if reproduces else {}),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -17,12 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from ..errors import ArtifactError, DatabaseError, LaunchError, RunError
 from ..events import StateChanged
 from ..job import TrainJob
-from . import cluster
+from . import cluster, machine
 from .away import open_for
 from .heart import patiently
 from .layout import spread
@@ -98,8 +95,7 @@ class _Work(Reporter):
     def _begin(self) -> None:
         run = self.job.run
         _claim(self.folder, run)
-        me = psutil.Process()
-        owner = {"host": socket.gethostname(), "pid": me.pid, "born": me.create_time()}
+        owner = machine.this_process()
         if not self._patiently(lambda: self._move("queued", "starting", owner=owner, workdir=str(self.folder))):
             record = self.store.runs.get(run)
             seen = f"state {record['state']}, attempt {record.get('attempt', 1)}; this is attempt {self.job.attempt}"

@@ -277,7 +277,7 @@ def kernel(bench: Bench, number: int) -> Run | None:
             process.kill()
     name = f"m{bench.random.getrandbits(40):x}"
     with _kernel(bench, name) as process:
-        time.sleep(bench.random.uniform(0.3, 2.0) * bench.recorded_after)
+        time.sleep(bench.random.uniform(0.7, 2.5) * bench.recorded_after)  # other work makes later ones slower
         process.send_signal(number)
     found = bench.db.store.runs.list(model=name)
     return Run(bench.db.store, found[0]["_id"]) if found else None  # killed before anything was recorded

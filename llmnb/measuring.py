@@ -58,7 +58,8 @@ class Measuring:
             select: the documents: a find, or a collection. None: those that validated the first one's run (its
                 validation set, else its valid fold).
             metrics: names and functions. None: all that the rows allow, but chrF.
-            limit: documents at most; more are not read, and the result says so.
+            limit: documents at most. Of more, a sample that is always the same; of a selection with an order, the
+                first. The result says so.
             transform: the runs' function, when they had one.
             base: a folder or hub id of the base when it is no longer where it was; the weights must be the same.
             say: told what is being done, in a few words.

@@ -18,7 +18,7 @@ from llmnb import LLM, Collection, LLMTrainer, connect
 from llmnb.errors import ConfigError, DataError, LlmnbError, ModelError, NotFound
 from llmnb.evaluation import Evaluation, Example, Scores
 from llmnb.evaluation.measures import Settings, chosen, figure, gap, ranking, takes_document
-from llmnb.launch.evaluating import EvaluationProcess
+from llmnb.launch.evaluating import EvaluationProcess, prepare
 
 
 def example(id="1", score=0.5, answer="an <b>answer</b>"):
@@ -44,7 +44,7 @@ def value(**changes):
             "select": {"op": "find", "filter": {"a": {"$gt": 1}}},
         },
         "rank_by": "rougeL",
-        "notes": ("run/4: 1 answers were cut at 12 new tokens",),
+        "notes": ("run/4: 1 answer cut at 12 new tokens",),
     }
     return Evaluation(**{**given, **changes})
 
@@ -222,14 +222,30 @@ def test_a_selection_a_limit_and_a_function_of_ones_own(db, ids):
         return document["more"]
 
     run = db.run(ids[0])
-    found = db.evaluate(run, Collection("faq").find({"_id": {"$gte": 4}}), **fast([asked_for], limit=5))
+    found = db.evaluate(run, Collection("faq").find({"_id": {"$gte": 4}}).sort("_id"), **fast([asked_for], limit=5))
     assert found.rows["words"] == "the first 5 documents of faq, as selected" and found.rows["used"] == 5
     assert "3 of the 5 documents are of the train fold" in found.notes
     assert found["base"].metrics == {"asked_for": (4 + 5 + 6 + 7 + 8) / 5}
     assert found.rank_by == "asked_for" and found[f"{ids[0]}/20"].worst[0].id == "4"
     again = llmnb.evaluate(db.checkpoints(ids[0])[-1], "faq", "perplexity", db=db, limit=24)
     assert again.rows["used"] == 24 and again.metrics == ("perplexity",)
-    assert llmnb.evaluate(ids[0], db=db, **fast(limit=1)).rows["words"].startswith("the first 1 document of the valid")
+
+
+def test_of_many_documents_a_sample_that_is_always_the_same(db, ids):
+    def sampled(limit, select=None):
+        job = prepare(db.store, [db.named(ids[0])], select, (None, {}), Settings(), limit=limit)
+        return [document["_id"] for document in job.documents], job.rows["words"]
+
+    many = [{"_id": f"{'ab'[i >= 500]}/{i:04d}", "prompt": "p", "response": "r"} for i in range(1000)]
+    db.execute(Collection("many").insert_many(many))
+    chosen, words = sampled(100, Collection("many").find())
+    assert words == "100 of 1,000 documents of many, as selected" and chosen == sorted(chosen)
+    assert 30 < sum(name.startswith("a") for name in chosen) < 70, "not the first ones, which are of one kind"
+    assert sampled(100, Collection("many").find())[0] == chosen
+    assert set(sampled(50, Collection("many").find())[0]) < set(chosen), "fewer are some of the same"
+    assert sampled(3, Collection("many").find().sort("_id"))[0] == [m["_id"] for m in many[:3]]
+    assert sampled(2)[1] == "2 of 6 documents of the valid fold of faq"
+    assert sampled(9) == (list(range(6)), "6 documents of the valid fold of faq")
 
 
 def test_a_function_that_raises_names_the_document(db, ids):

@@ -217,7 +217,7 @@ EVALUATION = Evaluation(
     base="/home/me/models/gpt2",
     rows={"words": "4 documents of the valid fold of faq"},
     rank_by="rougeL",
-    notes=("run-1-tickets/100: 1 answers were cut at 128 new tokens",),
+    notes=("run-1-tickets/100: 1 answer cut at 128 new tokens",),
     id="20261128-014139-345",
 )
 
@@ -244,7 +244,7 @@ def test_an_evaluation_shows_its_steps_and_its_table(session, db, page, three, m
     assert result["table"]["rows"][1] == ["run-1-tickets/100", "12.5 (−67.5)", "0.750 (+0.500)"]
     lines = dict(result["lines"])
     assert lines["measured on"] == "4 documents of the valid fold of faq, 1,200 tokens"
-    assert lines["kept as"] == EVALUATION.id and "were cut" in lines["note"]
+    assert lines["kept as"] == EVALUATION.id and "answer cut" in lines["note"]
     (example,) = result["examples"]
     assert example["name"] == "run-1-tickets/100"
     assert example["shown"][0] == [

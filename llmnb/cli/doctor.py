@@ -79,6 +79,7 @@ def examine(uri: str | None = None, home: str | None = None, *, offline: bool = 
         _gpus,
         _torch,
         _libraries,
+        _metrics,
         _bitsandbytes,
         _deepspeed,
         _ray,
@@ -230,6 +231,14 @@ def _bitsandbytes() -> Finding:
     if not went:
         return Finding("bitsandbytes", "fault", f"{version}: {said}", "reinstall it: pip install -U 'llmnb[quant]'")
     return Finding("bitsandbytes", "ok", f"{version}: 4-bit and 8-bit training")
+
+
+def _metrics() -> Finding:
+    found = {name: _version(name) for name in ("sacrebleu", "torchmetrics")}
+    seen = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    if None in found.values():
+        return Finding("metrics", "missing", "no ROUGE and BLEU in evaluations", "pip install 'llmnb[evaluate]'")
+    return Finding("metrics", "ok", f"{seen}: ROUGE and BLEU in evaluations")
 
 
 def _deepspeed() -> Finding:

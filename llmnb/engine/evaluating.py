@@ -232,13 +232,15 @@ class _Evaluation:
 
     def _note_answers(self, one: Asked, unasked: int, tight: int, cut: int) -> None:
         if unasked:
-            self.notes.append(f"{one.name}: {unasked} rows have no question that fits the model, and no answer")
+            self.notes.append(
+                f"{one.name}: {_count(unasked, 'row')} without a question that fits the model, and no answer"
+            )
         if tight:
             self.notes.append(
-                f"{one.name}: {tight} answers had less room than max_new_tokens: the model's context ended"
+                f"{one.name}: {_count(tight, 'answer')} had less room than max_new_tokens: the model's context ended"
             )
         if cut:
-            self.notes.append(f"{one.name}: {cut} answers were cut at {self.settings.max_new_tokens} new tokens")
+            self.notes.append(f"{one.name}: {_count(cut, 'answer')} cut at {self.settings.max_new_tokens} new tokens")
 
     def _ends(
         self, known: Questions, each: list[dict[str, float]], answers: Mapping[int, str]
@@ -306,6 +308,10 @@ def _questions(documents: Sequence[Mapping[str, Any]], tokenizer: Any, one: Aske
 def _concerns(note: str) -> bool:
     """Not what only a training needs to know."""
     return not note.startswith(("the tokenizer has no EOS", "prompts and responses touch", "the chat template writes"))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _length(question: Question, tokenizer: Any, template: str) -> int:

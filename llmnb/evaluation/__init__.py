@@ -75,8 +75,8 @@ class Evaluation:
         models: the base first.
         metrics: in the order they were asked for.
         base: the base model as it was named.
-        rows: where the rows are from: ``words``, ``collection``, ``select``, ``fold``, ``documents``, ``of`` (how many
-            there are), and of what was measured ``used``, ``kind`` and ``digest`` (of the base's token ids and labels).
+        rows: where the rows are from: ``words``, ``collection``, ``select``, ``fold``, ``documents``,
+            ``limit``, and of what was measured ``used``, ``kind`` and ``digest`` (of the base's token ids and labels).
         rank_by: the metric that best and worst rows are told by.
         settings: limit, max_new_tokens, batch_size, what BLEU was computed with, …
         notes: sentences for the person: what was cut, left out, or is to be known.

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["EvaluationJob", "EvaluationProcess", "prepare"]
 
 _MEMORY = "a smaller batch_size, fewer max_new_tokens, or a run with bits=4"
+_LOOKED_AT = 100_000  # documents that are chosen among
 _CHARS = 64_000_000  # of all documents: what is handed over lies in memory
 
 
@@ -156,7 +159,7 @@ def _documents(
     """The documents, where they are from, and what is to be said of them."""
     config = first.config or TrainConfig()
     if select is not None:
-        found, more = _read(store, config, select, None, limit, whole)
+        found, which = _read(store, config, select, None, limit, whole)
         if not found:
             names = store.collections()
             close = near(select.collection, names) if select.collection not in names else []
@@ -168,23 +171,23 @@ def _documents(
         trained = sum(document.get("_fold") == "train" for document in found)
         own = config.select is not None and config.select.collection == select.collection
         notes = [f"{trained} of the {len(found)} documents are of the train fold"] if own and trained else []
-        return found, _described(found, select, None, f"{select.collection}, as selected", more), notes
+        return found, _described(found, select, None, f"{select.collection}, as selected", which), notes
     if config.select is None:
         raise DataError(
             f"The run of {first.checkpoint} was removed, so the rows that validated it are not known.",
             todo="say which documents to measure on: select=Collection('…').find(…)",
         )
     for name, chosen in config.eval_selects.items():
-        found, more = _read(store, config, chosen, None, limit, whole)
+        found, which = _read(store, config, chosen, None, limit, whole)
         if found:
             words = f"the validation set {name!r} of {first.checkpoint.experiment}"
-            return found, _described(found, chosen, None, words, more), []
+            return found, _described(found, chosen, None, words, which), []
     for fold in ("valid", "train"):
-        found, more = _read(store, config, config.select, fold, limit, whole)
+        found, which = _read(store, config, config.select, fold, limit, whole)
         if found:
             words = f"the {fold} fold of {config.select.collection}"
             notes = [f"no document of {config.select.collection} validates: these were trained on"]
-            return found, _described(found, config.select, fold, words, more), notes if fold == "train" else []
+            return found, _described(found, config.select, fold, words, which), notes if fold == "train" else []
     raise DataError(
         f"Nothing is left of the documents that {first.checkpoint.experiment} was trained on.",
         seen=config.select,
@@ -194,30 +197,62 @@ def _documents(
 
 def _read(
     store: Store, config: TrainConfig, select: Select, fold: str | None, limit: int, whole: bool
-) -> tuple[tuple[dict[str, Any], ...], bool]:
-    """The first documents, and whether there are more; only the fields that rows are made of unless ``whole``."""
+) -> tuple[tuple[dict[str, Any], ...], str]:
+    """Documents, and which ones in words; only the fields that rows are made of unless ``whole``.
+
+    A selection in an order of the person's own is read from its beginning. Else those are taken whose ``_id`` has the
+    smallest hash: ids often say what a document is about, and the first of them would be of one kind.
+    """
+    rows = store.rows(select, fold=fold, limit=limit + 1 if _ordered(select) else _LOOKED_AT + 1)
+    chosen: list[tuple[int, int, Mapping[str, Any]]] = []  # a heap: the largest hash first
+    count = 0
+    for count, row in enumerate(rows, 1):
+        if count > (limit if _ordered(select) else _LOOKED_AT):
+            break
+        place = count if _ordered(select) else _hash(row.get("_id"))
+        if len(chosen) < limit:
+            heapq.heappush(chosen, (-place, count, row))
+        elif -place > chosen[0][0]:
+            heapq.heapreplace(chosen, (-place, count, row))
     key = config.key
     columns = None if key is None or whole else {c.split(".")[0] for c in ((key,) if isinstance(key, str) else key)}
     found: list[dict[str, Any]] = []
     size = 0
-    for document in store.rows(select, fold=fold, limit=limit + 1):
-        if len(found) == limit or size > _CHARS:
-            return tuple(found), True
+    for _, _, document in sorted(chosen, key=lambda item: item[1]):
         kept = {k: v for k, v in document.items() if columns is None or k in columns or k in ("_id", "_fold")}
-        found.append(kept)
         size += len(str(kept))
-    return tuple(found), False
+        if found and size > _CHARS:
+            break
+        found.append(kept)
+    return tuple(found), _which(len(found), count, _ordered(select))
 
 
-def _described(found: Sequence[Any], select: Select, fold: str | None, words: str, more: bool) -> dict[str, Any]:
-    count = "1 document" if len(found) == 1 else f"{len(found)} documents"
+def _ordered(select: Select) -> bool:
+    return bool(select.sort_by) or select.pipeline is not None
+
+
+def _hash(id: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(f"evaluation {id}".encode(), digest_size=8).digest(), "big")
+
+
+def _which(found: int, count: int, ordered: bool) -> str:
+    documents = f"{found:,} document{'' if found == 1 else 's'}"
+    if found == count:
+        return documents
+    if ordered:
+        return f"the first {documents}"
+    if count > _LOOKED_AT:
+        return f"{found:,} of the first {_LOOKED_AT:,} documents"
+    return f"{found:,} of {count:,} documents"
+
+
+def _described(found: Sequence[Any], select: Select, fold: str | None, words: str, which: str) -> dict[str, Any]:
     return {
-        "words": f"{'the first ' if more else ''}{count} of {words}",
+        "words": f"{which} of {words}",
         "collection": select.collection,
         "select": select.to_json(),
         "fold": fold,
         "documents": len(found),
-        "more": more,
     }
 
 

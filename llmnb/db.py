@@ -6,6 +6,7 @@ Queries are executed, models are stored and trained (``apply``), and models and 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .engine.proof import MergeReport
 from .errors import ConfigError, DataError, Fault, LlmnbError, NotFound, near
 from .events import Event
 from .inspection import Inspection
+from .launch.cards import base_for_others, model_card, proof_of, without_paths
 from .launch.inspecting import inspect as inspect_rows
 from .launch.machine import gpus_visible
 from .launch.merging import MergeProcess, prepare
@@ -28,6 +30,7 @@ from .pipelines import Pipeline, TextClassification
 from .query import Query
 from .store import Store, open_store
 from .store.exporting import export
+from .store.hub import upload
 from .talks import Talks
 from .trainer import LLMTrainer, Parcel, settle
 
@@ -394,6 +397,46 @@ class Datalayer(Talks, Measuring):
         """
         found = self.named(checkpoint) if isinstance(checkpoint, str) else checkpoint
         return export(self.store.checkpoints, found, folder)
+
+    def push(
+        self,
+        checkpoint: str | Checkpoint,
+        repo: str,
+        *,
+        folder: str | Path | None = None,
+        base: str | None = None,
+        private: bool = True,
+    ) -> str:
+        """Uploads a checkpoint to a model hub, with a model card that says how it came to be.
+
+        The card names rows by number and digest; the database's names, its filters and paths of this machine stay here.
+
+        Args:
+            checkpoint: ``"experiment"`` (its last step), ``"experiment/step"``, or a ``Checkpoint``.
+            repo: ``owner/name``; made when it is not there.
+            folder: what ``merge`` wrote for this checkpoint: the whole model goes up, with its proof, and no adapter.
+            base: the hub id of the base, when it was trained on a folder of this machine.
+            private: only its owner sees it.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            ArtifactError: the hub is not reached or refuses; stored bytes are damaged; the folder is no merged model.
+            ConfigError: an adapter on a folder of this machine, without ``base``; no name of a repository.
+            NotFound: with near names.
+        """
+        found = self.named(checkpoint) if isinstance(checkpoint, str) else checkpoint
+        public = base_for_others(found, base)
+        with tempfile.TemporaryDirectory() as place:
+            copy, proof = Path(place) / "model", ""
+            if folder is None:
+                export(self.store.checkpoints, found, copy)
+            else:
+                proof = proof_of(Path(folder), copy)
+            (copy / "README.md").write_text(model_card(self.store, found, repo, public, proof), encoding="utf-8")
+            without_paths(copy, {found.base: public, str(Path(folder or copy).absolute()): repo})
+            return upload(copy, repo, private=private, message=f"{found}, by llmnb")
 
     def named(self, checkpoint: str) -> Checkpoint:
         """The checkpoint of a name: ``"experiment"`` (its last step) or ``"experiment/step"``. Nothing is fetched.

@@ -222,6 +222,19 @@ def _stored(commands: Any) -> None:
     made.add_argument("checkpoint", metavar="EXPERIMENT[/STEP]", help="default step: the last; latest: the newest run")
     made.add_argument("folder", metavar="FOLDER", help="a new folder")
     _where(made)
+    made = _add(
+        commands,
+        "push",
+        "weights",
+        "upload a checkpoint to a model hub, with a model card",
+        "The token is what hf auth login or HF_TOKEN left. Names of the database and paths of this machine stay here.",
+    )
+    made.add_argument("checkpoint", metavar="EXPERIMENT[/STEP]", help="default step: the last; latest: the newest run")
+    made.add_argument("repo", metavar="OWNER/NAME", help="the repository; made when it is not there")
+    made.add_argument("--merged", metavar="FOLDER", help="upload the whole model that llmnb merge wrote there")
+    made.add_argument("--base", metavar="OWNER/NAME", help="the base on the hub, when it was a folder here")
+    made.add_argument("--public", action="store_true", help="everybody may see it; default: private")
+    _where(made)
     made = _add(commands, "show", "showing", "list what is in the database: models, checkpoints, evaluations, …")
     made.add_argument("kind", nargs="?", choices=_KINDS, help="only this kind")
     made.add_argument("identifier", nargs="?", help="a model's name, or an experiment")

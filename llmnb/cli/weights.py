@@ -11,7 +11,7 @@ from . import paper
 if TYPE_CHECKING:
     from ..db import Datalayer
 
-__all__ = ["export", "merge", "named"]
+__all__ = ["export", "merge", "named", "push"]
 
 
 def merge(known: argparse.Namespace) -> int:
@@ -46,6 +46,17 @@ def export(known: argparse.Namespace) -> int:
         print(f"peft loads it on {found.base}: PeftModel.from_pretrained(model, folder)")
     else:
         print("transformers loads it: AutoModelForCausalLM.from_pretrained(folder)")
+    return 0
+
+
+def push(known: argparse.Namespace) -> int:
+    """Uploads a checkpoint to a model hub."""
+    from ..db import connect
+
+    database = connect(known.uri, home=known.home)
+    name = named(database, known.checkpoint)
+    where = database.push(name, known.repo, folder=known.merged, base=known.base, private=not known.public)
+    print(f"{name} is at {where}" + ("" if known.public else ", private when it was made now."))
     return 0
 
 

@@ -7,28 +7,22 @@ reach (mongomock, a Database object) travel in the job.
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
-import os
-import pickle
-import subprocess
-import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import ModelSpec, TrainConfig
-from ..errors import LlmnbError, ModelError
 from ..inspection import Inspection, ShownRow
-from . import aside
+from .errand import Errand, own, serve
 
 if TYPE_CHECKING:
     from ..store import Store
 
 __all__ = ["inspect"]
+
+_MEMORY = "when memory was short: select less"
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,8 @@ def inspect(
             documents = {name: list(found) for name, found in data.items()}
         uri = None if store.in_process else store.uri
         home = str(Path(store.home).expanduser().absolute())
-        return _carried_out(InspectJob(spec, config, uri, home, documents, tuple(outside), transform, tuple(show)))
+        job = InspectJob(spec, config, uri, home, documents, tuple(outside), transform, tuple(show))
+        return dict(Errand("inspecting", "inspection", _MEMORY).carry_out(job))
 
     def look(ids: list[str]) -> tuple[ShownRow, ...]:
         return Inspection.from_dict(ask(ids)).shown
@@ -115,35 +110,6 @@ def _data(store: Store, config: TrainConfig) -> tuple[dict[str, Documents], list
     return {"train": train(), "valid": valid}, outside
 
 
-def _carried_out(job: InspectJob) -> dict[str, Any]:
-    import cloudpickle
-
-    with tempfile.TemporaryFile() as log:
-        process = aside.start("inspecting", log)
-        try:
-            assert process.stdin is not None and process.stdout is not None
-            with contextlib.suppress(OSError):  # it has ended: its last words say why
-                process.stdin.write(cloudpickle.dumps(job))  # a notebook's own transform travels by value
-                process.stdin.flush()
-            line = process.stdout.readline()
-        finally:
-            aside.finish(process)
-            if process.stdout is not None:
-                process.stdout.close()
-        if not line:
-            raise _ended(process, log)
-    answer = json.loads(line)
-    if "error" in answer:
-        raise pickle.loads(base64.b64decode(answer["error"]))  # our own child wrote it, through a private pipe
-    return dict(answer["facts"])
-
-
-def _ended(process: subprocess.Popen[bytes], log: IO[bytes]) -> ModelError:
-    log.seek(0)
-    seen = log.read()[-800:].decode("utf-8", "replace").strip() or f"exit status {process.poll()}"
-    return ModelError("The inspection's process has ended.", seen=seen, todo="when memory was short: select less")
-
-
 # --- the other end --------------------------------------------------------------------------------------------
 
 
@@ -175,20 +141,7 @@ def _answered(job: InspectJob) -> dict[str, Any]:
 
 def main() -> None:
     """``python -m llmnb.launch.inspecting``."""
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print must not stand before the answer
-    source = os.fdopen(os.dup(0), "rb")
-    job = pickle.load(source)  # our own parent wrote it
-    threading.Thread(target=lambda: (source.read(), os._exit(0)), daemon=True).start()  # whoever asked is gone
-    try:
-        answer: dict[str, Any] = {"facts": _answered(job)}
-    except Exception as error:  # noqa: BLE001 - the border of the process: the caller raises it
-        own = error
-        if not isinstance(error, LlmnbError):  # the caller may have no torch, so only errors of our own cross
-            own = ModelError("The documents could not be inspected.", seen=f"{type(error).__name__}: {error}")
-        answer = {"error": base64.b64encode(pickle.dumps(own)).decode()}
-    out.write(json.dumps(answer).encode() + b"\n")
-    out.flush()
+    serve(lambda job, _say: _answered(job), lambda error: own(error, "The documents could not be inspected.", _MEMORY))
 
 
 if __name__ == "__main__":

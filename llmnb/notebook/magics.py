@@ -15,10 +15,12 @@ from IPython.display import display
 
 from ..errors import ConfigError, Fault, NotFound
 from ..options import CHANGEABLE, LONGER
-from ..query import Collection
+from . import asking
 from .arguments import bordered, known_settings, named, settings
+from .documents import look_into
 from .session import Session
 from .tables import Table, local_time, short
+from .weights import with_checkpoint
 
 __all__ = ["NAMES", "LlmMagics"]
 
@@ -81,7 +83,7 @@ class LlmMagics(Magics):
     @magic_arguments()
     @argument("collection", nargs="?", help="the collection to look into; nothing: list them all")
     @argument("--filter", help="a MongoDB filter, in quotes")
-    @argument("--limit", type=int, help="at most so many documents are inspected")
+    @argument("--limit", type=int, help="at most so many documents")
     @argument("--rows", type=int, default=3, help="documents to show (3)")
     @argument("--model", help="inspect: what a training of this model would see, and what is wrong with it")
     @argument("--llm", help="the name of a variable that holds an LLM, in place of --model")
@@ -120,7 +122,7 @@ class LlmMagics(Magics):
             )
         if known.collection not in collections:
             raise NotFound("collection", known.collection, sorted(collections))
-        return _look_into(store, selection(known.collection, known.filter, None), known.rows)
+        return look_into(store, selection(known.collection, known.filter, known.limit), known.rows)
 
     # -- training --------------------------------------------------------------------------------------------
 
@@ -295,40 +297,14 @@ class LlmMagics(Magics):
         """
         from . import picker_data
 
-        database = self.session.database()
         if known.merge or known.export or known.remove:
-            return self._with_checkpoint(database, known)
+            return with_checkpoint(self.session, known)
+        database = self.session.database()
         experiment = known.experiment.partition("/")[0] if known.experiment else None
         listed = picker_data.found(database, experiment)
         if self.session.in_notebook:
             self.session.pick(experiment)
         return picker_data.Listed(listed, seen=self.session.in_notebook)
-
-    def _with_checkpoint(self, database: Any, known: Any) -> Any:
-        asked = [f"--{name}" for name in ("merge", "export", "remove") if getattr(known, name)]
-        if len(asked) > 1:
-            raise ConfigError([Fault(" and ".join(asked), "are two things", "one at a time")])
-        if not known.experiment or (known.remove and "/" not in known.experiment):
-            raise ConfigError([Fault(asked[0], "needs a checkpoint", f"EXPERIMENT/STEP {asked[0]} …")])
-        if known.merge:
-            return self._merge(database, known.experiment, known.merge)
-        checkpoint = database.named(known.experiment)
-        if known.export:
-            return database.export(checkpoint, known.export)
-        database.remove("checkpoint", checkpoint.experiment, checkpoint.step)
-        print(f"Removed {checkpoint}.")
-        return None
-
-    def _merge(self, database: Any, name: str, folder: str) -> Any:
-        """In a notebook what is being done is said in one line that changes."""
-        if not self.session.in_notebook:
-            return database.merge(name, folder)
-        line = display({"text/plain": "Merging …"}, raw=True, display_id=True)
-        report = database.merge(
-            name, folder, say=lambda words: line.update({"text/plain": f"Merging: {words} …"}, raw=True)
-        )
-        line.update({"text/plain": f"Merged {name}."}, raw=True)
-        return report
 
     @magic_arguments()
     @argument("checkpoints", nargs="*", metavar="RUN/STEP", help="RUN (its last step) or RUN/STEP; nothing: the newest")
@@ -384,57 +360,15 @@ class LlmMagics(Magics):
         if known.close:
             self.session.close_chats()
             return None
-        database = self.session.database()
         if known.save is not None:
-            return self._save_chat(database, known)
+            asking.save(self.session, known)
+            return None
         if (cell is None and not self.session.in_notebook) or (cell is not None and not cell.strip()):
             raise ConfigError(
                 [Fault("%%llm_chat", "has no prompt", "write %%llm_chat alone in the first line, the prompt below")]
             )
-        self._chat(database, known, rest, (cell or "").strip())
+        asking.ask(self.session, known, rest, (cell or "").strip())
         return None
-
-    def _save_chat(self, database: Any, known: Any) -> None:
-        chat = database.chat(known.history) if known.history else self.session.last_chat
-        if chat is None:
-            raise ConfigError(
-                [Fault("--save", "finds no chat in this session", "ask first, or name one: --history NAME")]
-            )
-        print(database.save_chat(chat, known.save or None, speaker=known.checkpoint))
-
-    def _chat(self, database: Any, known: Any, rest: list[str], prompt: str) -> None:
-        from .. import options
-        from ..conversation import Conversation, Turn
-        from . import chat as chats
-        from . import speakers
-
-        every = frozenset({"bool", "int", "float", "str", "list", "dict", "None"})
-        sampling = {
-            name: True if text is None else options.parse("", text, every) for name, text in named(rest).items()
-        }
-        chat = database.chat(known.history) if known.history else Conversation()
-        if known.history and chat.turns and not (known.checkpoint or known.compare):
-            names = [reply.speaker for reply in chat.turns[-1].replies]
-        else:
-            names = speakers.named(database, known.checkpoint, known.compare)
-        if known.keep:
-            database.keep_chat(chat, known.keep)
-        self.session.last_chat = chat
-        if self.session.in_notebook:
-            from .chatbox import ChatBox
-
-            box = ChatBox(self.session, database, names, chat=chat, sampling=sampling, form=known.form)
-            box.display()
-            if prompt:
-                box.ask(prompt)
-                box.wait()
-            return
-        chat.turns.append(Turn(prompt, sampling=chats.sampling_words(sampling)))
-        try:
-            chats.print_answers(database, self.session.chats(), chat, names, sampling, known.form)
-        finally:
-            if chat.name:
-                database.keep_chat(chat)
 
     # -- help ------------------------------------------------------------------------------------------------
 
@@ -466,37 +400,3 @@ def _took(record: dict[str, Any]) -> str:
         return ""
     seconds = (end - start).total_seconds()
     return f"{seconds:.0f} s" if seconds < 100 else words.about(seconds).removeprefix("about ")
-
-
-def _look_into(store: Any, select: Any, rows: int) -> Table:
-    """Columns with their types, an example of each, and how the documents are divided."""
-    total = store.estimate(select)
-    found = list(store.rows(select, limit=max(rows, 50)))
-    columns: dict[str, list[Any]] = {}
-    for document in found:
-        for name, value in document.items():
-            columns.setdefault(name, []).append(value)
-    listed = [
-        (
-            name,
-            " or ".join(sorted({type(v).__name__ for v in values})),
-            "" if len(values) == len(found) else f"in {len(values)} of {len(found)}",
-            *(_example(document.get(name, "")) for document in found[:rows]),
-        )
-        for name, values in sorted(columns.items(), key=lambda item: item[0].startswith("_"))
-    ]
-    folds = {fold: store.execute(_counted(select, fold)) for fold in ("train", "valid")}
-    said = ", ".join(f"{count} {fold}" for fold, count in folds.items() if count)
-    heads = ("column", "type", "", *(f"document {i + 1}" for i in range(min(rows, len(found)))))
-    caption = f"{select.collection}: {total} documents" + (f" ({said})" if said else "")
-    return Table(heads, listed, caption=caption, empty="No document matches.")
-
-
-def _example(value: Any) -> str:
-    """A value as text; strings and ids without quotes."""
-    return short(str(value) if type(value).__name__ == "ObjectId" else value, 160)
-
-
-def _counted(select: Any, fold: str) -> Any:
-    narrowed = {"$and": [dict(select.filter), {"_fold": fold}]} if select.filter else {"_fold": fold}
-    return Collection(select.collection).count_documents(narrowed)

@@ -136,7 +136,9 @@ class TrainConfig(_Json):
     identifier: str = setting("llm-trainer", help="the trainer's name in the database")
     # data
     select: query.Select | None = setting(None, help="which documents")
-    key: Any = setting(None, help="column, tuple of columns, 'messages', or (prompt, response)")
+    key: Any = setting(
+        None, help="column, tuple of columns, 'messages', (prompt, response), (prompt, chosen, rejected)"
+    )
     key_kind: str | None = setting(
         None, help="text, pair or messages; None: inferred from the key and the rows, and said"
     )
@@ -155,6 +157,11 @@ class TrainConfig(_Json):
     prompt_template: str | None = setting(None, help="None: the model's own")
     padding_free: bool = setting(False, help="rows end to end without padding: same rows, steps and loss, less work")
     # method
+    method: str = setting("sft", help="'sft' learns what documents say; 'dpo' learns which of two answers is preferred")
+    dpo_beta: float = setting(0.1, help="DPO: higher stays nearer to the model it began from")
+    dpo_loss_type: str = setting(
+        "sigmoid", help="DPO: sigmoid is the paper's; hinge, ipo, apo_zero, … are variants of TRL"
+    )
     use_lora: bool = setting(True, help="False trains all weights: more memory, whole-model checkpoints")
     lora_r: int = setting(8, "rank", "more: more capacity and memory")
     lora_alpha: int = setting(16, help="scale of the update is alpha / r")

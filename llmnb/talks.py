@@ -99,7 +99,8 @@ class Talks:
             pass  # the run or its model was removed; the checkpoint knows its base
         if config.get("prompt_template"):
             spec = replace(spec, prompt_template=config["prompt_template"])
-        key = config.get("key") or counts.get("key")
+        # Of a preference a conversation has one answer, so it is kept in the usual fields.
+        key = None if config.get("method") == "dpo" else config.get("key") or counts.get("key")
         form = Form(
             kind=config.get("key_kind") or counts.get("kind") or ("messages" if key == "messages" else "text"),
             key=tuple(key) if isinstance(key, (list, tuple)) else key,

@@ -34,6 +34,18 @@ _TRAINER_OPEN = (
     "preprocess_logits_for_metrics",
 )
 BITS = (None, 4, 8)
+# Those of TRL whose loss is a mean over pairs: batches of any size then add up to the same step.
+DPO_LOSSES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "sigmoid_norm",
+    "apo_zero",
+    "apo_down",
+    "bco_pair",
+    "nca_pair",
+    "sppo_hard",
+)
 
 
 @dataclass(frozen=True)
@@ -193,6 +205,7 @@ class LLMTrainer:
         if mine.get("bits") in (4, 8) and mine.get("use_lora") is False:
             faults.append(Fault("bits", "quantised weights cannot be trained", "set use_lora=True, or leave bits out"))
         faults += _lora_faults(mine, trainer_kwargs)
+        faults += _dpo_faults(mine, arguments, trainer_kwargs, model)
         if faults:
             raise ConfigError(faults)
         if "overwrite_output_dir" in self._values:
@@ -242,6 +255,8 @@ _WORDS = {
     "lora_bias": ("none", "all", "lora_only"),
     "train_on": (None, "answers", "all"),
     "key_kind": (None, "text", "pair", "messages"),
+    "method": ("sft", "dpo"),
+    "dpo_loss_type": DPO_LOSSES,
     "use_lora": (True, False),
     "log_to_db": (True, False),
     "padding_free": (True, False),
@@ -265,6 +280,44 @@ def _lora_faults(mine: Mapping[str, Any], trainer_kwargs: Mapping[str, Any]) -> 
     return faults
 
 
+def _dpo_faults(
+    mine: Mapping[str, Any], arguments: Mapping[str, Any], trainer_kwargs: Mapping[str, Any], model: ModelSpec | None
+) -> list[Fault]:
+    """What does not go with ``method="dpo"``, and settings of DPO without it."""
+    if mine.get("method", "sft") != "dpo":
+        asked = [name for name in ("dpo_beta", "dpo_loss_type") if name in mine]
+        asked = [name for name in asked if mine[name] != getattr(_DEFAULTS, name)]
+        return [
+            Fault(name, "has no effect without method='dpo'", "set method='dpo', or leave it out") for name in asked
+        ]
+    faults = []
+    if model is not None and model.task != "causal-lm":
+        faults.append(
+            Fault("method", f"'dpo' trains language models, and this is a {model.task} model", "leave it out")
+        )
+    without = {
+        "key_kind": (mine.get("key_kind"), "both answers are read as their fields are"),
+        "train_on": (mine.get("train_on") == "all", "only answers can be preferred"),
+        "padding_free": (mine.get("padding_free"), "both answers of a pair are one padded batch"),
+        "label_smoothing_factor": (arguments.get("label_smoothing_factor"), "its loss is not over tokens"),
+    }
+    faults += [
+        Fault(name, f"does not go with 'dpo': {why}", "leave it out") for name, (on, why) in without.items() if on
+    ]
+    if mine.get("use_lora", True) and mine.get("lora_bias", "none") != "none":
+        what = "changes the base, and DPO compares with the base as it was"
+        faults.append(Fault("lora_bias", what, "'none'"))
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        if trainer_kwargs.get(name) is not None:
+            what = "does not go with 'dpo', whose loss and metrics are those of pairs"
+            faults.append(Fault(f"training_kwargs[{name!r}]", what, "leave it out"))
+    key = mine.get("key")
+    if mine.get("transform") is None and key is not None and (isinstance(key, str) or len(key) not in (2, 3)):
+        what = f"{key!r:.60} does not name the prompt and both answers"
+        faults.append(Fault("key", what, "key=('prompt', 'chosen', 'rejected'); chats need no prompt"))
+    return faults
+
+
 def _own_faults(mine: Mapping[str, Any]) -> list[Fault]:
     faults = []
     for name, value in mine.items():
@@ -278,6 +331,9 @@ def _own_faults(mine: Mapping[str, Any]) -> list[Fault]:
         elif name == "loraplus_lr_ratio" and value is not None:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1:
                 faults.append(Fault(name, f"must be a number from 1, not {value!r:.40}", "16"))
+        elif name == "dpo_beta":
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                faults.append(Fault(name, f"must be a number above 0, not {value!r:.40}", "0.1"))
         elif name in _WORDS and (value not in _WORDS[name] or (isinstance(value, int) and not isinstance(value, bool))):
             words = " or ".join(repr(w) for w in _WORDS[name])
             faults.append(Fault(name, f"must be {words}, not {value!r:.40}"))

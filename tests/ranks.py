@@ -106,7 +106,8 @@ def _train(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     from drill import texts, train
 
     begin = time.perf_counter()
-    documents = texts(task.pop("documents", 11))
+    documents = task.pop("documents", 11)
+    documents = documents if isinstance(documents, list) else texts(documents)
     resume = task.pop("resume", None)
     drill = train(folder, documents=documents, resume=Path(resume) if resume else None, **task)
     return {
@@ -114,6 +115,7 @@ def _train(task: dict[str, Any], folder: Path) -> dict[str, Any]:
         "losses": drill.losses(),
         "norms": drill.series("grad_norm"),
         "evals": drill.series("eval_loss"),
+        "margins": drill.series("rewards/margins") | drill.series("eval_rewards/margins"),
         "saved": [str(one["folder"]) for one in drill.saved],
         "last_step": drill.result.last_step,
         "counts": drill.counts,

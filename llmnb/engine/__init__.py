@@ -12,6 +12,8 @@ fingerprints   which weights a base has, without reading them all
 adapters       LoRA: attach, load, count; says which modules there are
 manifest       ``llmnb.json``, the card in every checkpoint folder
 rows           documents → token rows with labels (with ``samples`` and ``encoding``)
+preferences    documents with two answers → pairs of rows
+dpo            TRL's loss over pairs of rows, in the same loop
 inspecting     what a training would see of documents (with ``watching`` and ``looking``)
 templates      chat templates and prompts, for training and for answering
 arguments      the settings of a run → ``transformers.TrainingArguments``

@@ -65,13 +65,21 @@ class RowReport:
 
 @dataclass
 class Count:
-    """A number of documents and their _ids; of many, the first."""
+    """A number of documents and their _ids; of many, the first.
+
+    With ``once`` the very same object, twice in succession, is one document: both answers of a preference say the same.
+    """
 
     number: int = 0
     ids: list[str] = field(default_factory=list)
     kept: int = _NAMED
+    once: bool = False
+    last: str | None = None
 
     def add(self, identifier: str) -> None:
+        if self.once and identifier is self.last:
+            return
+        self.last = identifier
         self.number += 1
         if len(self.ids) < self.kept:
             self.ids.append(identifier)
@@ -89,6 +97,7 @@ class Counts:
         name: what to call the rows.
         limit: tokens a row may have.
         kept: how many _ids of each sort are kept.
+        once: a document has two rows, and what is true of both counts once.
         cut: rows that lost their end.
         shortened: of these, rows whose answer lost its end.
         endless: rows of answers that no stop token ends, though nothing was cut off.
@@ -106,6 +115,7 @@ class Counts:
     name: str
     limit: int
     kept: int = _NAMED
+    once: bool = False
     found: int = 0
     rows: int = 0
     tokens: int = 0
@@ -127,11 +137,11 @@ class Counts:
         for f in fields(self):
             count = getattr(self, f.name)
             if isinstance(count, Count):
-                count.kept = self.kept
+                count.kept, count.once = self.kept, self.once
 
     def skip(self, identifier: str, reason: str) -> None:
         """A document that cannot be read."""
-        self.skipped.setdefault(reason, Count(kept=self.kept)).add(identifier)
+        self.skipped.setdefault(reason, Count(kept=self.kept, once=self.once)).add(identifier)
         self.dropped.add(identifier)
 
     def drop(self, identifier: str) -> None:

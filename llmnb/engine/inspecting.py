@@ -249,8 +249,13 @@ def _shown(
         wanted += [finding.ids[0] for finding in findings if finding.ids]
     left = dict.fromkeys(wanted)
     for name, watch, rows in looked:
-        where = {identifier: at for at, identifier in enumerate(watch.names) if identifier in left}
+        where: dict[str, list[int]] = {}
+        for at, identifier in enumerate(watch.names):
+            if identifier in left:
+                where.setdefault(str(identifier), []).append(at)
+        answers = getattr(rows, "sides", None)  # of a preference both are shown
         for identifier in [identifier for identifier in left if identifier in where]:
             del left[identifier]
-            told = tokens_of(tokenizer, rows, where[identifier])
-            yield made(ShownRow, {"id": identifier, "rows": name, **told})
+            for at in where[identifier][-2 if answers is not None else -1 :]:
+                told = tokens_of(tokenizer, rows if answers is None else answers, at)
+                yield made(ShownRow, {"id": identifier, "rows": name, **told})

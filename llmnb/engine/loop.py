@@ -129,6 +129,7 @@ class Loop(Trainer):
         if self._open:
             self._tr_loss += self._open["loss"]
             self._globalstep_last_logged = self._open["since"]
+            self.open_window(self._open)
 
     def _window_loss(self) -> float:
         """The losses since the last log, summed over steps; the mean of all ranks."""
@@ -136,6 +137,13 @@ class Loop(Trainer):
         if self.args.world_size > 1:
             torch.distributed.all_reduce(total)
         return float(total.item()) / self.args.world_size
+
+    def window(self) -> dict[str, Any]:
+        """What else was summed since the last log; a resumed run gets it back through ``open_window``."""
+        return {}
+
+    def open_window(self, window: Mapping[str, Any]) -> None:
+        """Takes back what ``window`` gave."""
 
     def create_accelerator_and_postprocess(self) -> None:
         share_on_cpus(self.args)
@@ -319,7 +327,7 @@ class Loop(Trainer):
             # Set before rotation, which spares it. Trainer itself names a step that may never have been saved.
             kept = folder.with_name(f"checkpoint-{self.best[1]}")
             self.state.best_model_checkpoint = str(kept) if best or kept.is_dir() else None
-        tokens, open_loss = self.tokens(), self._window_loss()
+        tokens, open_loss, summed = self.tokens(), self._window_loss(), self.window()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.world_size > 1:
@@ -328,7 +336,7 @@ class Loop(Trainer):
         if self.is_world_process_zero():
             card = {**self.card, "step": step, "tokens": tokens, "patience": self.patience}
             if self._globalstep_last_logged != step:
-                card["window"] = {"loss": open_loss, "since": self._globalstep_last_logged}
+                card["window"] = {"loss": open_loss, "since": self._globalstep_last_logged, **summed}
             if self.best is not None:
                 card["best"] = {"value": self.best[0], "step": self.best[1]}
             manifest.write(folder, card)
@@ -356,7 +364,9 @@ class Loop(Trainer):
             if hasattr(self.model, "peft_config"):
                 # "auto" asks the hub about the base at every save, and stores whole embeddings that were only grown.
                 own = self.model.save_pretrained
-                self.model.save_pretrained = functools.partial(own, save_embedding_layers=False)
+                # An adapter that is compared with is not part of what was trained.
+                options = {"save_embedding_layers": False, "selected_adapters": ["default"]}
+                self.model.save_pretrained = functools.partial(own, **options)
                 undo.callback(self.model.__dict__.pop, "save_pretrained", None)
             undo.enter_context(quiet())
             super()._save(output_dir, state_dict)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 import numpy as np
@@ -23,7 +24,7 @@ from .samples import Reader, Sample, infer_key
 from .templates import Chat, ChatTemplate, chat_ids, prompt_ids
 from .watching import Watch
 
-__all__ = ["Collator", "RowReport", "Rows", "chat_ids", "infer_key", "make_rows", "prompt_ids"]
+__all__ = ["Collator", "Maker", "RowReport", "Rows", "chat_ids", "infer_key", "make_rows", "prompt_ids"]
 
 NO_LOSS = -100  # torch's ignore_index
 _PEEK = 64  # documents to look at before the first one is read
@@ -125,7 +126,7 @@ class Collator:
         }
 
 
-class _Maker:
+class Maker:
     """Collects rows while documents stream by."""
 
     def __init__(
@@ -244,14 +245,16 @@ class _Maker:
         if prompt is not None and not chat.text.startswith(prompt):
             self.counts.unlike.add(name)
 
+    def fit(self, ids: Ids, ranges: Ranges) -> tuple[Ids, Ranges]:
+        """What of a row fits. The first token has nothing before it that could predict it, so it carries no loss."""
+        ids = ids[: self.counts.limit]
+        return ids, [(max(begin, 1), min(end, len(ids))) for begin, end in ranges if max(begin, 1) < min(end, len(ids))]
+
     def _keep(self, name: str, ids: Ids, ranges: Ranges, answers: bool) -> None:
         counts, length = self.counts, len(ids)
         cut = length > counts.limit
-        if cut:
-            ids = ids[: counts.limit]
         last = ranges[-1][1] if ranges else 0
-        # The first token has nothing before it that could predict it.
-        ranges = [(max(begin, 1), min(end, len(ids))) for begin, end in ranges if max(begin, 1) < min(end, len(ids))]
+        ids, ranges = self.fit(ids, ranges)
         if not ranges:
             counts.drop(name)
             return
@@ -259,8 +262,7 @@ class _Maker:
             counts.cut.add(name)
             if answers and last > counts.limit:
                 counts.shortened.add(name)
-        asked = ranges[0][0] if answers else len(ids)
-        if asked > 1 and len(ids) > 1 and ids[0] == ids[1] == self.encoder.bos:
+        if (ranges[0][0] > 1 or not answers) and self.begins_twice(ids):
             counts.doubled.add(name)
         counts.rows += 1
         counts.tokens += len(ids)
@@ -268,6 +270,10 @@ class _Maker:
         self._piece.append((ids, ranges))
         if self.watch is not None:
             self.watch.row(name, ids, length)
+
+    def begins_twice(self, ids: Ids) -> bool:
+        """True when a row begins with two BOS."""
+        return len(ids) > 1 and ids[0] == ids[1] == self.encoder.bos
 
 
 def make_rows(
@@ -280,13 +286,14 @@ def make_rows(
     context: int | None = None,
     name: str = "train",
     watch: Watch | None = None,
-) -> Rows:
-    """Reads documents once and makes rows of them.
+) -> Any:
+    """Reads documents once and makes rows of them: ``preferences.PairRows`` for ``method="dpo"``.
 
     Args:
         documents: any iterable of dicts; ``_id`` names them in the report.
         tokenizer: a transformers tokenizer, fast or slow.
-        config: key, key_kind, max_seq_length, train_on, chat_template, prompt_template and max_cut_share are read.
+        config: method, key, key_kind, max_seq_length, train_on, chat_template, prompt_template and max_cut_share
+            are read.
         prompt_template: the model's own, used for the prompts of pairs when the config has none.
         transform: the person's function; it is given the values of the key's columns.
         context: the longest row the model can take, in tokens.
@@ -304,11 +311,20 @@ def make_rows(
     peek = list(itertools.islice(stream, _PEEK))
     if not peek:
         raise DataError(f"No document was selected for the {name} rows.", todo="check the collection and the filter")
-    reader = Reader(config.key, config.key_kind, transform, peek, forgiving=watch is not None)
-    counts = Counts(name, min(config.max_seq_length, context) if context else config.max_seq_length)
+    kind_of_reader: type[Reader] = Reader
+    kind_of_maker: type[Maker] = Maker
+    prefers = config.method == "dpo"
+    if prefers:
+        from .preferences import PairMaker, PreferenceReader
+
+        kind_of_reader, kind_of_maker = PreferenceReader, PairMaker
+    reader = kind_of_reader(config.key, config.key_kind, transform, peek, forgiving=watch is not None)
+    counts = Counts(name, min(config.max_seq_length, context) if context else config.max_seq_length, once=prefers)
     if watch is not None:
-        counts = watch.counts = Counts(name, counts.limit, kept=watch.kept)
-    maker = _Maker(tokenizer, config, template, counts, watch)
+        counts = watch.counts = replace(counts, kept=watch.kept)
+        for found in watch.found.values():
+            found.once = prefers
+    maker = kind_of_maker(tokenizer, config, template, counts, watch)
     for piece in _pieces(itertools.chain(peek, stream), reader, counts):
         kind = reader.kind or "text"
         if watch is not None:
@@ -355,6 +371,10 @@ def _pieces(
 
 
 def _size(sample: Sample) -> int:
-    if sample.kind == "messages":
-        return sum(len(message.get("content") or "") for message in sample.value)
-    return len(sample.value) if sample.kind == "text" else sum(map(len, sample.value))
+    return _characters(sample.value) + _characters(sample.rejected)
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, Mapping):  # a message
+        return len(value.get("content") or "")
+    return sum(map(_characters, value)) if isinstance(value, (tuple, list)) else len(value or "")

@@ -43,10 +43,14 @@ _THEIRS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """One document as it is trained: ``kind`` is text (value: str), pair ((prompt, response)) or messages (a list)."""
+    """One document as it is trained: ``kind`` is text (value: str), pair ((prompt, response)) or messages (a list).
+
+    A preference has a second value of the same kind, with the answer that was rejected.
+    """
 
     kind: str
     value: Any
+    rejected: Any = None
 
 
 def _at(document: Mapping[str, Any], column: str) -> Any:
@@ -61,7 +65,7 @@ def _at(document: Mapping[str, Any], column: str) -> Any:
     return value
 
 
-def _looks_like_chat(value: Any) -> bool:
+def looks_like_chat(value: Any) -> bool:
     return (
         isinstance(value, Sequence)
         and not isinstance(value, (str, bytes))
@@ -70,7 +74,7 @@ def _looks_like_chat(value: Any) -> bool:
     )
 
 
-def _own_fields(documents: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def own_fields(documents: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Values by field, without those that the database adds; None is not a value."""
     fields: dict[str, list[Any]] = {}
     for document in documents:
@@ -95,8 +99,8 @@ def infer_key(sample_documents: Iterable[Mapping[str, Any]]) -> tuple[Any, str]:
     documents = list(sample_documents)
     if not documents:
         raise DataError("There are no documents to look at.", todo="check the selection")
-    fields = _own_fields(documents)
-    chats = [name for name, values in fields.items() if all(_looks_like_chat(v) or is_sharegpt(v) for v in values)]
+    fields = own_fields(documents)
+    chats = [name for name, values in fields.items() if all(looks_like_chat(v) or is_sharegpt(v) for v in values)]
     if chats:
         return ("messages" if "messages" in chats else chats[0]), "messages"
     texts = [name for name, values in fields.items() if all(isinstance(value, str) for value in values)]
@@ -122,7 +126,7 @@ def infer_key(sample_documents: Iterable[Mapping[str, Any]]) -> tuple[Any, str]:
 def unused_fields(documents: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
     """Fields with text that the columns leave out."""
     used = {column.split(".")[0] for column in columns}
-    fields = _own_fields(documents)
+    fields = own_fields(documents)
     return sorted(
         name for name, values in fields.items() if name not in used and all(isinstance(value, str) for value in values)
     )
@@ -166,7 +170,7 @@ class Reader:
         self.converted = ""
         found: str | None = None
         if key is None:
-            key, found = infer_key(peek)
+            key, found = self._infer(peek)
         if isinstance(key, list):
             key = tuple(key)
         self.key = key
@@ -174,6 +178,9 @@ class Reader:
         self._check(kind)
         self.kind = kind if transform is not None else kind or found or self._kind_of(peek)
         self.seen_fields: dict[str, None] = {}
+
+    def _infer(self, peek: Sequence[Mapping[str, Any]]) -> tuple[Any, str | None]:
+        return infer_key(peek)
 
     def _check(self, kind: str | None) -> None:
         faults = []
@@ -249,7 +256,7 @@ class Reader:
     def _result(self, result: Any) -> Sample | str:
         if isinstance(result, str):
             sample = self._sample("text", [result], ("text",))
-        elif _looks_like_chat(result):
+        elif looks_like_chat(result):
             sample = self._sample("messages", [result], ("messages",))
         elif isinstance(result, Mapping):
             sample = self._of_dict(result)
@@ -272,7 +279,7 @@ class Reader:
                 return self._sample(kind, [result[kind]], (kind,))
         if len(self.columns) == 1 and self.columns[0] in result:  # it changed the column in place
             value = result[self.columns[0]]
-            kind = self.kind or ("messages" if _looks_like_chat(value) else "text")
+            kind = self.kind or ("messages" if looks_like_chat(value) else "text")
             if kind != "pair":
                 return self._sample(kind, [value], self.columns)
         gave = ", ".join(sorted(map(str, result))) or "nothing"
@@ -286,31 +293,31 @@ class Reader:
                 if isinstance(chat, str):
                     return chat
                 self.converted = sharegpt_note(names[0])
-            fault = _chat_fault(chat, names[0])
+            fault = chat_fault(chat, names[0])
             return fault or Sample(kind, [dict(message) for message in chat])
         for name, value in zip(names, values, strict=True):
             if not isinstance(value, str):
-                return f"{name!r} is {_type(value)}, not a string"
+                return f"{name!r} is {type_of(value)}, not a string"
             if not value.strip():
                 return f"{name!r} is empty"
         return Sample(kind, values[0] if kind == "text" else tuple(values))
 
 
-def _type(value: Any) -> str:
+def type_of(value: Any) -> str:
     return {"NoneType": "null", "dict": "a dict", "Frozen": "a dict", "list": "a list", "tuple": "a list"}.get(
         type(value).__name__, f"of type {type(value).__name__}"
     )
 
 
-def _chat_fault(value: Any, name: str) -> str:
+def chat_fault(value: Any, name: str) -> str:
     """What is wrong with a chat, "" when nothing is. https://platform.openai.com/docs/api-reference/chat ."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        return f"{name!r} is {_type(value)}, not a list of messages"
+        return f"{name!r} is {type_of(value)}, not a list of messages"
     if not value:
         return f"{name!r} is empty"
     for at, message in enumerate(value):
         if not isinstance(message, Mapping):
-            return f"message {at} of {name!r} is {_type(message)}, not a dict with role and content"
+            return f"message {at} of {name!r} is {type_of(message)}, not a dict with role and content"
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not role:
             return f"message {at} of {name!r} has no role"
@@ -318,7 +325,7 @@ def _chat_fault(value: Any, name: str) -> str:
             continue
         if not isinstance(content, str):
             more = "; only text can be trained, so give the content as one string" if content is not None else ""
-            return f"the content of message {at} of {name!r} is {_type(content)}, not a string{more}"
+            return f"the content of message {at} of {name!r} is {type_of(content)}, not a string{more}"
         if role == "assistant" and not content.strip():
             return f"the answer in message {at} of {name!r} is empty"
         if message.get("weight") not in (None, 0, 1):

@@ -66,6 +66,10 @@ def train(
         from .classification import ClassifierRun
 
         run_class = ClassifierRun
+    if config.method == "dpo":
+        from .dpo import PreferenceRun
+
+        run_class = PreferenceRun
     run = run_class(spec, config, hooks, Path(workdir), tuned)
     try:
         return run.go(data, adapter, resume, transform, trainer_kwargs)
@@ -161,6 +165,10 @@ class TrainingRun:
 
     def _options(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
         return trainer_options(given)
+
+    def _loop_options(self) -> dict[str, Any]:
+        """What the loop of another kind of run needs beside."""
+        return {}
 
     def _collator(self) -> Any:
         from .rows import Collator
@@ -312,6 +320,7 @@ class TrainingRun:
             resumed=manifest.read(resume) if resume else None,
             order=order,
             loraplus=self.config.loraplus_lr_ratio,
+            **self._loop_options(),
             **options,
         )
         self.watch = Watch(self.loop, self._started, plan.own_logging)

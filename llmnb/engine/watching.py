@@ -124,6 +124,10 @@ class Watch:
                 self.found["echo"].add(name)
         else:
             texts, key, prompt = self._chat(name, sample.value)
+        if sample.rejected is not None:
+            # Other answers to the same prompt are what a preference is made of.
+            more = _said(sample.rejected)
+            texts, key, prompt = (*texts, *more), hash((key, more)), None
         self._repetition(name, key, prompt)
         self._content(name, texts, sample.kind)
 
@@ -168,6 +172,10 @@ class Watch:
         if self._bos:
             text = text.removeprefix(self._bos)
         return text.removesuffix(self._eos) if self._eos else text
+
+
+def _said(value: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(part if isinstance(part, str) else part.get("content") or "" for part in value)
 
 
 def _by_first(words: set[str]) -> dict[str, list[str]]:

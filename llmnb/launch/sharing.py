@@ -80,12 +80,26 @@ def faults_of(config: TrainConfig, *, bits: int | None, gpus: int | None, worker
     if config.use_dora and way_of(config) in ("ZeRO-3", "FSDP"):
         what = f"{way_of(config)} takes weights apart, and DoRA needs the length of whole ones"
         faults.append(Fault("use_dora", what, "ZeRO stage 2 or DDP; or leave it out"))
+    faults += _dpo(config)
     if why is not None:
         faults.append(Fault("fsdp" if config.deepspeed is None else "deepspeed", *why))
     if config.deepspeed is not None:
         faults += _deepspeed(config.deepspeed, on_cpus, here=gpus is not None)
     faults += _fsdp(config, on_cpus, workers)
     return faults
+
+
+def _dpo(config: TrainConfig) -> list[Fault]:
+    """DPO looks at the model a second time, as it was before the training."""
+    if config.method != "dpo":
+        return []
+    if way_of(config) == "ZeRO-3":
+        what = "'dpo' does not go with ZeRO stage 3, which holds no whole model to compare with"
+        return [Fault("method", what, "stage 2, or fsdp=True")]
+    given = _settings("fsdp_config", config.arguments.get("fsdp_config") or {})[0]
+    if way_of(config) == "FSDP" and 1 in (given.get("version"), given.get("fsdp_version")):
+        return [Fault("method", "'dpo' was not seen to work with FSDP 1", "leave version out of fsdp_config: 2")]
+    return []
 
 
 def with_files_read(config: TrainConfig) -> TrainConfig:

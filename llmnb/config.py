@@ -14,7 +14,7 @@ from typing import Any
 from . import query
 from .errors import ConfigError, Fault
 
-__all__ = ["Frozen", "ModelSpec", "TrainConfig", "freeze_value", "setting"]
+__all__ = ["DPO_LOSSES", "Frozen", "ModelSpec", "TrainConfig", "freeze_value", "setting"]
 
 
 class Frozen(dict[str, Any]):
@@ -127,6 +127,20 @@ class ModelSpec(_Json):
     functions: Mapping[str, Any] = setting(
         {}, help="source text of a pipeline's preprocess and postprocess; for the record, never run from it"
     )
+
+
+# Those of TRL whose loss is a mean over pairs: batches of any size then add up to the same step.
+DPO_LOSSES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "sigmoid_norm",
+    "apo_zero",
+    "apo_down",
+    "bco_pair",
+    "nca_pair",
+    "sppo_hard",
+)
 
 
 @dataclass(frozen=True)

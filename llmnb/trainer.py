@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from . import options
-from .config import ModelSpec, TrainConfig, thaw
+from .config import DPO_LOSSES, ModelSpec, TrainConfig, thaw
 from .errors import ConfigError, Fault, LlmnbError, near
 from .job import source_text
 from .query import Select
@@ -34,18 +34,6 @@ _TRAINER_OPEN = (
     "preprocess_logits_for_metrics",
 )
 BITS = (None, 4, 8)
-# Those of TRL whose loss is a mean over pairs: batches of any size then add up to the same step.
-DPO_LOSSES = (
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "sigmoid_norm",
-    "apo_zero",
-    "apo_down",
-    "bco_pair",
-    "nca_pair",
-    "sppo_hard",
-)
 
 
 @dataclass(frozen=True)

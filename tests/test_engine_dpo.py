@@ -162,6 +162,21 @@ def test_the_fields_are_found_or_asked_for():
     assert len(made) == 12
 
 
+def test_an_evaluation_asks_for_the_answer_that_was_chosen():
+    from llmnb.engine.questions import questions
+
+    bad = {"_id": "bad", "chosen": "b", "rejected": 3}
+    options = {"prompt_template": "{input}", "transform": None, "context": 256}
+    for documents, kind in ((preferences(5), "pair"), (as_chats(preferences(5)), "messages")):
+        found = questions([bad, *documents], tokenizer_of(), TrainConfig(method="dpo"), **options)
+        assert found.kind == kind and [one.id for one in found.asked] == list("01234")
+        assert [one.reference for one in found.asked] == [d["chosen"] for d in preferences(5)]
+        pairs = rows_of(documents)
+        assert [found.rows.ids(at).tolist() for at in range(5)] == [row["input_ids"] for row in pairs]
+        assert [found.rows.labels(at).tolist() for at in range(5)] == [row["labels"] for row in pairs]
+        assert found.rows.report.tokens == int(found.rows.lengths.sum()) < pairs.report.tokens
+
+
 # --- loss -----------------------------------------------------------------------------------------------------
 
 

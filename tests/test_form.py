@@ -225,6 +225,22 @@ def test_a_forecast_of_time_follows_the_weights_and_the_tokens():
     assert told(tiny).seconds > 5, "a step takes its time, however small the model is"
 
 
+def test_a_forecast_of_dpo_has_two_answers_and_a_reference():
+    preferring = told(method="dpo")
+    assert preferring.seconds == pytest.approx(1.5 * told().seconds) and preferring.memory > told().memory
+    whole = {**SHAPE, "trained": SHAPE["total"]}
+    copy = told(whole, use_lora=False, method="dpo").memory - told(whole, use_lora=False).memory
+    assert copy > whole["total"] * whole["width"]
+
+
+def test_the_method_is_a_row_and_what_needs_it_says_so():
+    rows = {row.name: row for row in form.rows()}
+    assert rows["method"].choices == ("sft", "dpo") and rows["method"].default == "sft" and rows["method"].help
+    assert rows["dpo_beta"].needs[:2] == rows["dpo_loss_type"].needs[:2] == ("method", "dpo")
+    _, config = frozen({**LEAST, "method": "dpo", "dpo_beta": "0.2", "key": "prompt,chosen,rejected"})
+    assert (config.method, config.dpo_beta, config.key) == ("dpo", 0.2, ("prompt", "chosen", "rejected"))
+
+
 def test_a_forecast_of_memory_knows_what_saves_it():
     whole = {**SHAPE, "trained": SHAPE["total"]}
     lora, full = told().memory, told(whole, use_lora=False).memory

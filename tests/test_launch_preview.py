@@ -50,6 +50,13 @@ def test_what_is_cut_is_counted_and_three_rows_are_shown(preview, spec):
     assert not any("were cut" in note for note in answer["notes"]), "it is said in a sentence of its own"
 
 
+def test_of_a_preference_both_answers_are_shown(preview, spec):
+    documents = [{"prompt": "hi ", "chosen": "yes", "rejected": f"no {i}"} for i in range(5)]
+    answer = preview.rows(spec, TrainConfig(method="dpo"), documents)
+    assert [row["side"] for row in answer["rows"]] == ["chosen", "rejected"] * 3
+    assert text_of(answer["rows"][3], True).startswith("no 1") and answer["used"] == 5
+
+
 class Letters:
     """A tokenizer whose ids are letters."""
 

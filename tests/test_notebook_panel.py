@@ -407,6 +407,17 @@ def test_fields_offer_pairs_texts_and_chats(db):
     ]
 
 
+def test_preferences_are_offered_as_keys(db):
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    db.execute(Collection("texts").insert_one({"prompt": "a", "chosen": "b", "rejected": "c"}))
+    db.execute(Collection("chats").insert_one({"chosen": chat, "rejected": chat}))
+    assert panel_data.fields(db.store, "texts")[0] == ("prompt,chosen,rejected", "two answers, for the method dpo")
+    assert panel_data.fields(db.store, "chats")[0] == ("chosen,rejected", "two answers, for the method dpo")
+    plan = panel_data.check({"model_name_or_path": "m", "collection": "texts", "method": "dpo"}, ["texts"]).plan
+    assert panel_data.outlook(plan.parcel.config, 1, None, None).startswith("DPO")
+    assert panel_data.seen({"method": "dpo", "lora_r": "4"}) == {"method": "dpo"}
+
+
 def test_the_sample_is_of_the_training_fold_and_has_the_fields_of_the_key(db):
     plan = panel_data.check({"model_name_or_path": "m", "collection": "docs", "key": "text"}, ["docs"]).plan
     documents, found = panel_data.sample(db.store, plan.parcel.config)

@@ -258,4 +258,5 @@ def _shown(
             del left[identifier]
             for at in where[identifier][-2 if answers is not None else -1 :]:
                 told = tokens_of(tokenizer, rows if answers is None else answers, at)
-                yield made(ShownRow, {"id": identifier, "rows": name, **told})
+                said = name if answers is None else f"{name}, {('chosen', 'rejected')[at % 2]}"
+                yield made(ShownRow, {"id": identifier, "rows": said, **told})

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["tokens_of"]
+__all__ = ["shown_rows", "tokens_of"]
+
+
+def shown_rows(tokenizer: Any, rows: Any, count: int, most: int) -> list[dict[str, Any]]:
+    """The first rows, each as ``tokens_of`` gives it; of preferences both answers, with their ``side``."""
+    sides = getattr(rows, "sides", None)
+    if sides is None:
+        return [tokens_of(tokenizer, rows, at, most) for at in range(min(count, len(rows)))]
+    words = ("chosen", "rejected")
+    return [{**tokens_of(tokenizer, sides, at, most), "side": words[at % 2]} for at in range(2 * min(count, len(rows)))]
 
 
 def tokens_of(tokenizer: Any, rows: Any, index: int, most: int = 400) -> dict[str, Any]:

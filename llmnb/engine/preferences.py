@@ -189,6 +189,10 @@ class PairRows(Sequence[dict[str, list[int]]]):
         """Labels of the chosen answer, (seq,)."""
         return self.sides.labels(2 * index)
 
+    def chosen(self) -> Rows:
+        """The preferred answers alone."""
+        return self.sides.every(2)
+
     def digest(self) -> str:
         """Identifies the pairs and their order: 32 hexadecimal digits."""
         return self.sides.digest()

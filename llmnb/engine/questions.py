@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import TrainConfig
 from ..errors import DataError
+from .preferences import PreferenceReader
 from .rows import Rows, make_rows
 from .samples import Reader, Sample
 
@@ -69,9 +70,10 @@ def questions(
         ConfigError, DataError: as ``make_rows`` does.
     """
     config = replace(config, max_cut_share=1.0)  # it was the training's to refuse
+    prefers = config.method == "dpo"
 
     def made(part: Sequence[Document], config: TrainConfig) -> Rows:
-        return make_rows(
+        rows = make_rows(
             part,
             tokenizer,
             config,
@@ -80,16 +82,19 @@ def questions(
             context=context,
             name="evaluated",
         )
+        # Of a preference the answer that was chosen is the right one.
+        return rows.chosen() if prefers else rows
 
     rows = made(documents, config)
     report = rows.report
-    known = replace(config, key=report.key, key_kind=report.kind)  # nothing is inferred from a part of them
+    kind = None if prefers else report.kind
+    known = replace(config, key=report.key, key_kind=kind)  # nothing is inferred from a part of them
     kept = list(documents) if not report.dropped else _kept(documents, lambda part: made(part, known))
     if len(kept) != len(rows):
         seen = f"{len(rows)} rows of all documents, {len(kept)} of each alone"
         todo = "a transform must give the same whenever it is called, and give rows of one kind"
         raise DataError("It cannot be told which row is of which document.", seen=seen, todo=todo)
-    reader = Reader(report.key, report.kind, transform, kept[:1])
+    reader = (PreferenceReader if prefers else Reader)(report.key, kind, transform, kept[:1])
     return Questions(rows, [_question(at, document, reader) for at, document in enumerate(kept)])
 
 

@@ -81,8 +81,8 @@ def forecast(
     if not pace:
         return Forecast(count, tokens, memory)
     # Forward 2, backward 4 per weight and token (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361); a frozen weight
-    # has no gradient of its own, and recomputing is one more forward pass.
-    each = (6 if not config.use_lora else 4) + (2 if again else 0)
+    # has no gradient of its own, and recomputing is one more forward pass, as is DPO's look at the reference.
+    each = (6 if not config.use_lora else 4) + (2 if again else 0) + (2 if config.method == "dpo" else 0)
     passes = count * _argument(config, "gradient_accumulation_steps")
     seconds = max(each * model["total"] * tokens / workers / (pace * _USE), passes * _STEP)
     return Forecast(count, tokens, memory, seconds)
@@ -98,6 +98,8 @@ def _memory(config: TrainConfig, model: Mapping[str, Any], batch: int, longest: 
     frozen = (model["total"] - trained) * model["width"]
     held = trained * (4 + 4 + 8) if config.use_lora else trained * (model["width"] + 4 + 8)
     narrow = 1 if model["width"] <= 2 else 2
-    tokens = batch * longest
+    tokens = batch * longest * (2 if config.method == "dpo" else 1)
+    if config.method == "dpo" and not config.use_lora:
+        frozen += model["total"] * model["width"]  # a second copy to compare with
     activations = tokens * model["hidden"] * model["layers"] * (2 if again else 34) * narrow
     return float(_START + frozen + held + activations + tokens * model["vocabulary"] * 4 * 3)

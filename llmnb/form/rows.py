@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .. import options
-from ..config import ModelSpec, TrainConfig, thaw
+from ..config import DPO_LOSSES, ModelSpec, TrainConfig, thaw
 
 __all__ = ["NOT_ROWS", "PRESETS", "TABS", "Preset", "Row", "rows", "text_of", "types_of"]
 
@@ -86,6 +86,18 @@ PRESETS = (
         },
     ),
     Preset(
+        "Preferences",
+        "DPO on documents with a chosen and a rejected answer, best after a training on good answers: small steps.",
+        {
+            "method": "dpo",
+            "lora_r": "16",
+            "lora_alpha": "32",
+            "learning_rate": "2e-5",
+            "warmup_steps": "0.1",
+            "logging_steps": "5",
+        },
+    ),
+    Preset(
         "Full",
         "Trains all weights: the most capacity, about 16 bytes of memory for each weight, and whole-model checkpoints.",
         {"use_lora": False, "learning_rate": "2e-5", "warmup_steps": "0.03", "logging_steps": "5"},
@@ -93,6 +105,7 @@ PRESETS = (
 )
 
 _LORA = ("use_lora", True, "LoRA is off: all weights are trained")
+_DPO = ("method", "dpo", "Method is sft: documents have one answer")
 _NUMBERED = {"int", "float"}
 _STAGES = ('{"zero_optimization": {"stage": 2}}', '{"zero_optimization": {"stage": 3}}')
 
@@ -106,7 +119,7 @@ _TABLE: Mapping[str, Sequence[_Line]] = {
             "key",
             "Key",
             "",
-            "a field, two with a comma (prompt,response), or chats (messages)",
+            "a field, two with a comma (prompt,response), or chats (messages); for dpo: prompt,chosen,rejected",
             {"kind": "key"},
         ),
         ("filter", "Filter", "", 'only these documents, like {"lang": "en"}', {"kind": "json"}),
@@ -118,6 +131,21 @@ _TABLE: Mapping[str, Sequence[_Line]] = {
             "",
             "which tokens carry loss: only answers, or prompts too",
             {"choices": ("", "answers", "all"), "kind": "choice"},
+        ),
+        (
+            "method",
+            "Method",
+            "",
+            "sft learns what documents say; dpo learns which of two answers is preferred, at about twice the cost",
+            {"choices": ("sft", "dpo"), "kind": "choice"},
+        ),
+        ("dpo_beta", "DPO beta", "", "higher: stays nearer to the model it began from", {"needs": _DPO}),
+        (
+            "dpo_loss_type",
+            "DPO loss",
+            "",
+            "sigmoid is the paper's; the others are variants of it",
+            {"needs": _DPO, "kind": "choice", "choices": DPO_LOSSES},
         ),
         ("prompt_template", "Prompt", "", "text around a prompt; {input} is the prompt, \\n a line's end"),
         ("identifier", "Name", "", "the model's name in the database; the same name again is its next version"),

@@ -52,8 +52,9 @@ class PreviewProcess:
             documents: a sample, in the order of the training.
 
         Returns:
-            ``rows`` (the first three: ``tokens`` as [text, trained, special], ``length``, ``trained``, and how many
-            tokens stand ``before`` and ``after`` those), ``longest``, and the counts of ``engine.counts.RowReport``.
+            ``rows`` (the first three: ``tokens`` as [text, trained, special], ``length``, ``trained``, how many tokens
+            stand ``before`` and ``after`` those, and of a preference its ``side``),
+            ``longest``, and the counts of ``engine.counts.RowReport``.
 
         Raises:
             LlmnbError: no such model, no such key, nothing to train on.
@@ -139,7 +140,7 @@ class _Maker:
 
     def rows(self, spec: ModelSpec, config: TrainConfig, documents: list[dict[str, Any]]) -> dict[str, Any]:
         from ..engine import bases
-        from ..engine.looking import tokens_of
+        from ..engine.looking import shown_rows
         from ..engine.rows import make_rows
 
         named = (spec.model_name_or_path, spec.tokenizer_kwargs, spec.model_kwargs)
@@ -156,7 +157,7 @@ class _Maker:
             context=context,
             name="train",
         )
-        shown = [tokens_of(tokenizer, rows, i, SHOWN_TOKENS) for i in range(min(SHOWN_ROWS, len(rows)))]
+        shown = shown_rows(tokenizer, rows, SHOWN_ROWS, SHOWN_TOKENS)
         report = rows.report
         notes = [note for note in report.notes if not note.startswith(f"{report.cut} of {report.found} rows have more")]
         return {**report.to_dict(), "notes": notes, "rows": shown, "longest": int(rows.lengths.max())}

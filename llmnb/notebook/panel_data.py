@@ -48,6 +48,7 @@ _SEEN = (
     "limit",
     "key",
     "key_kind",
+    "method",
     "max_seq_length",
     "train_on",
     "prompt_template",
@@ -105,6 +106,11 @@ def fields(store: Any, collection: str) -> list[tuple[str, str]]:
                 kinds.setdefault(name, _kind(value))
     texts = [name for name, kind in kinds.items() if kind == "text"]
     pairs = [(f"{a},{b}", "prompt and answer") for a in _FIRST for b in _SECOND if a in texts and b in texts]
+    preferred = [name for name in ("chosen", "rejected") if kinds.get(name) in ("text", "chats")]
+    if len(preferred) == 2:
+        first = [name for name in _FIRST if name in kinds][:1]
+        if first or kinds["chosen"] == "chats":
+            pairs.insert(0, (",".join([*first, *preferred]), "two answers, for the method dpo"))
     return [*pairs, *((name, kind) for name, kind in kinds.items() if kind in ("text", "chats"))]
 
 
@@ -207,6 +213,7 @@ def outlook(config: TrainConfig, found: int, rows: Mapping[str, Any] | None, sha
     """The sentence under the form: method, weights, steps, tokens, time, memory — as much as is known."""
     method = f"LoRA r {config.lora_r}" if config.use_lora else "all weights"
     parts = [f"QLoRA r {config.lora_r}, {config.bits} bits" if config.bits else method]
+    parts = ["DPO", *parts] if config.method == "dpo" else parts
     model = shape.get("shape") if shape else None
     if model:
         parts.append(f"{_millions(model['trained'])} trained of {_millions(model['total'])}")

@@ -66,3 +66,36 @@ def test_a_preference_is_learned_and_kept(db, tiny_llama, tmp_path):
     assert longer.state == "done" and max(m["step"] for m in longer.metrics()) == 10
     report = db.merge(f"{run.id}/8", tmp_path / "merged")
     assert report["max_logit_gap"] < report["bound"]
+
+
+LINE = (
+    "--collection compared --method dpo --dpo_beta 0.2 --key prompt,chosen,rejected --max_steps 2 --learning_rate 1e-3"
+)
+
+
+@pytest.mark.mongod
+def test_the_command_and_the_magic_take_it(mongo_uri, tiny_llama, tmp_path, capsys, monkeypatch):
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+
+    from llmnb.cli import main
+
+    db = connect(mongo_uri, home=tmp_path / "home")
+    db.execute(Collection("compared").insert_many(preferences(12)))
+    where = ["--uri", mongo_uri, "--home", str(tmp_path / "home"), "--output_dir", str(tmp_path / "out")]
+    assert main(["train", *where, "--model", tiny_llama, *LINE.split()]) == 0, capsys.readouterr().err
+    run = db.run(db.show("checkpoint")[-1])
+    assert run.record["config"]["method"] == "dpo" and run.record["config"]["dpo_beta"] == 0.2
+    assert any("rewards/margins" in point for point in run.metrics())
+
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    shell = InteractiveShell()
+    shell.user_ns["db"] = db
+    with capture_output() as said:
+        shell.run_cell("%load_ext llmnb\nx = %llm_connect db")
+        shell.run_cell(f"run = %llm_train --model {tiny_llama} {LINE} --start")
+    assert "run" in shell.user_ns, said.stdout + said.stderr
+    shell.user_ns["run"].wait()
+    assert shell.user_ns["run"].state == "done"
+    shell.run_cell("%unload_ext llmnb")
+    db.close()

@@ -161,7 +161,8 @@ class Preview {
     this.note.classList.toggle("llmnb-fault", Boolean(told.trouble));
     this.notes.replaceChildren(...(told.notes || []).slice(0, 4).map((text) => element("li", "", {}, text)));
     if (!row) return say(this.note, told.trouble || told.waits || "");
-    say(this.place, `row ${this.at + 1} of ${rows.length} shown, about ${number(told.all)} in all`);
+    const side = row.side ? ` (${row.side})` : "";
+    say(this.place, `row ${this.at + 1} of ${rows.length} shown${side}, about ${number(told.all)} in all`);
     this.back.disabled = this.at === 0;
     this.next.disabled = this.at === rows.length - 1;
     this.key.replaceChildren(element("i", "llmnb-swatch"), `trained ${percent(row.trained / row.length)} of ${number(row.length)} tokens`);

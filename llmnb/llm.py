@@ -258,12 +258,25 @@ def _unknown(name: str) -> Fault:
     return Fault(name, "is not an argument of LLM", f"did you mean {close[0]}?" if close else "put it in model_kwargs")
 
 
+def _chat(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A document's messages, with the tools beside them as they are read for training."""
+    if not document.get("tools"):
+        return list(document["messages"])
+    from .engine.samples import Reader
+
+    sample = Reader("messages", "messages", None, []).read(document)
+    if isinstance(sample, str):
+        raise ModelError("predict was given a chat that it cannot read.", seen=sample)
+    chat: list[dict[str, Any]] = sample.value
+    return chat
+
+
 def _prompts(X: Any) -> tuple[list[Any], bool]:
     """(prompts, whether it was a single one)."""
     if isinstance(X, str):
         return [X], True
     if isinstance(X, Mapping) and "messages" in X:
-        return [list(X["messages"])], True
+        return [_chat(X)], True
     if isinstance(X, Sequence) and not isinstance(X, (bytes, bytearray)):
         items = list(X)
         if items and all(isinstance(i, Mapping) and "role" in i for i in items):
@@ -271,7 +284,7 @@ def _prompts(X: Any) -> tuple[list[Any], bool]:
         if all(isinstance(i, str) for i in items):
             return items, False
         if all(isinstance(i, Sequence) or (isinstance(i, Mapping) and "messages" in i) for i in items):
-            return [list(i["messages"]) if isinstance(i, Mapping) else i for i in items], False
+            return [_chat(i) if isinstance(i, Mapping) else i for i in items], False
     raise ModelError(
         "predict was given something it cannot read.",
         seen=f"{type(X).__name__}: {X!r:.80}",

@@ -320,7 +320,7 @@ class Answerer:
 
         if isinstance(prompt, str):
             return prompt_ids(prompt, self._voice.tokenizer, ours.get("prompt_template") or self._voice.prompt_template)
-        return chat_ids(list(prompt), self._voice.tokenizer)
+        return chat_ids(prompt, self._voice.tokenizer)
 
     def _limit(self, options: dict[str, Any], prompt: int) -> None:
         """Keeps prompt and answer within the model's context."""

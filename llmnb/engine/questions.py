@@ -14,7 +14,8 @@ from ..config import TrainConfig
 from ..errors import DataError
 from .preferences import PreferenceReader
 from .rows import Rows, make_rows
-from .samples import Reader, Sample
+from .samples import Messages, Reader, Sample
+from .templates import tools_of
 
 __all__ = ["Question", "Questions", "questions"]
 
@@ -129,5 +130,5 @@ def _parts(sample: Sample) -> tuple[str | list[dict[str, Any]] | None, str]:
         message = sample.value[at]
         trained = message.get("role") == "assistant" and message.get("weight") != 0
         if trained and isinstance(message.get("content"), str):
-            return sample.value[:at], message["content"]
+            return Messages(sample.value[:at], tools_of(sample.value)), message["content"]
     return None, ""

@@ -21,7 +21,7 @@ from ..errors import ConfigError, DataError, Fault
 from .counts import Counts, RowReport, opening_notes
 from .encoding import Encoder, Ids, Ranges, fill_prompt
 from .samples import Reader, Sample, infer_key
-from .templates import Chat, ChatTemplate, chat_ids, prompt_ids
+from .templates import Chat, ChatTemplate, chat_ids, prompt_ids, tools_of
 from .watching import Watch
 
 __all__ = ["Collator", "Maker", "RowReport", "Rows", "chat_ids", "infer_key", "make_rows", "prompt_ids"]
@@ -250,7 +250,8 @@ class Maker:
     def _check_prompt(self, name: str, messages: Sequence[Mapping[str, Any]], chat: Chat) -> None:
         assert self.template is not None
         last = max(i for i, message in enumerate(messages) if message.get("role") == "assistant")
-        prompt, _ = self.template.try_render(messages[:last], prompt=True) if last else (None, "")
+        template = self.template.given_tools(tools_of(messages))
+        prompt, _ = template.try_render(messages[:last], prompt=True) if last else (None, "")
         if prompt is not None and not chat.text.startswith(prompt):
             self.counts.unlike.add(name)
 

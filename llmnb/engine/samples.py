@@ -6,14 +6,16 @@ silence: it comes back with a reason. This module knows no tokenizer, no databas
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..config import thaw
 from ..errors import ConfigError, DataError, Fault, near
 from .formats import ALPACA, alpaca_note, alpaca_pair, as_messages, is_sharegpt, sharegpt_note
 
-__all__ = ["KINDS", "Reader", "Sample", "infer_key", "unused_fields"]
+__all__ = ["KINDS", "Messages", "Reader", "Sample", "infer_key", "unused_fields"]
 
 KINDS = ("text", "pair", "messages")
 PAIRS = (
@@ -39,6 +41,18 @@ _THEIRS = (
     TypeError,
     ValueError,
 )
+
+
+class Messages(list[dict[str, Any]]):
+    """A chat, and the functions that its assistant may call.
+
+    Attributes:
+        tools: JSON schemas, as OpenAI's ``tools``; None without any.
+    """
+
+    def __init__(self, messages: Iterable[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> None:
+        super().__init__(dict(message) for message in messages)
+        self.tools = list(tools) if tools else None
 
 
 @dataclass(frozen=True)
@@ -240,7 +254,7 @@ class Reader:
             if self._alpaca:
                 self.converted = alpaca_note()
                 return self._sample("pair", alpaca_pair(*values), (ALPACA[0], ALPACA[2]))
-            return self._sample(self.kind or "text", values, self.columns)
+            return _with_tools(self._sample(self.kind or "text", values, self.columns), document)
         try:
             result = self.transform(*values)
         except _THEIRS as error:
@@ -259,7 +273,7 @@ class Reader:
         elif looks_like_chat(result):
             sample = self._sample("messages", [result], ("messages",))
         elif isinstance(result, Mapping):
-            sample = self._of_dict(result)
+            sample = _with_tools(self._of_dict(result), result)
         else:
             return f"transform gave {type(result).__name__}, not a dict"
         if isinstance(sample, Sample):
@@ -301,6 +315,25 @@ class Reader:
             if not value.strip():
                 return f"{name!r} is empty"
         return Sample(kind, values[0] if kind == "text" else tuple(values))
+
+
+def _with_tools(sample: Sample | str, source: Mapping[str, Any]) -> Sample | str:
+    """A chat with the functions that stand beside it, as a list or as the text of one."""
+    given = source.get("tools")
+    if isinstance(sample, str) or sample.kind != "messages" or not given:
+        return sample
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            return "'tools' is a text that is no JSON"
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+        return f"'tools' is {type_of(given)}, not a list of functions"
+    if not all(isinstance(tool, Mapping) for tool in given):
+        return "'tools' holds something that is no function's schema"
+    tools = [thaw(tool) for tool in given]
+    rejected = None if sample.rejected is None else Messages(sample.rejected, tools)
+    return Sample(sample.kind, Messages(sample.value, tools), rejected)
 
 
 def type_of(value: Any) -> str:

@@ -8,15 +8,18 @@ documents and no torch.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError
 from .encoding import Encoder, fill_prompt
 
-__all__ = ["ChatTemplate", "Chat", "chat_ids", "prompt_ids", "stops"]
+__all__ = ["ChatTemplate", "Chat", "chat_ids", "prompt_ids", "stops", "tools_of"]
 
 Message = Mapping[str, Any]
 
@@ -64,20 +67,33 @@ class ChatTemplate:
         self._specials = sorted(
             (str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True
         )
+        self.tools: Sequence[Any] | None = None
         self.opener, self.closer = self._learn()
+
+    def given_tools(self, tools: Sequence[Any] | None) -> ChatTemplate:
+        """The same template for chats whose assistant may call these functions: JSON schemas, as OpenAI's ``tools``."""
+        if not tools:
+            return self
+        other = copy(self)
+        other.tools = list(tools)
+        return other
 
     # -- rendering ---------------------------------------------------------------------------------------------------
     def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
         """The text of one chat; with ``prompt``, followed by what opens the next answer."""
         text = self.tokenizer.apply_chat_template(
-            list(messages), chat_template=self.given, tokenize=False, add_generation_prompt=prompt
+            _with_objects(messages),
+            tools=self.tools,
+            chat_template=self.given,
+            tokenize=False,
+            add_generation_prompt=prompt,
         )
         return str(text)
 
     def render_all(self, chats: Sequence[Sequence[Message]]) -> list[str]:
         """The text of many chats."""
         texts = self.tokenizer.apply_chat_template(
-            [list(chat) for chat in chats], chat_template=self.given, tokenize=False
+            [_with_objects(chat) for chat in chats], tools=self.tools, chat_template=self.given, tokenize=False
         )
         return list(texts)
 
@@ -116,6 +132,9 @@ class ChatTemplate:
         """Each chat rendered, with its answers found; or the reason why it cannot be."""
         from jinja2.exceptions import TemplateError
 
+        if any(tools_of(messages) for messages in many):
+            each = [self.given_tools(tools_of(messages)) for messages in many]
+            return [template._chat(messages, None) for template, messages in zip(each, many, strict=True)]
         try:
             texts: list[str | None] = list(self.render_all(many)) if many else []
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
@@ -148,9 +167,10 @@ class ChatTemplate:
         """The answers as the template marks them, each made to reach over its end-of-turn token."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        plain = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        plain = [{k: v for k, v in message.items() if v is not None} for message in _with_objects(messages)]
         _, indices = render_jinja_template(
             conversations=[plain],
+            tools=self.tools,
             chat_template=self.source,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
@@ -268,18 +288,41 @@ class ChatTemplate:
         return found
 
 
+def tools_of(messages: Any) -> list[Any] | None:
+    """The functions that a chat's assistant may call, where it has any (``samples.Messages``)."""
+    return getattr(messages, "tools", None)
+
+
+def _with_objects(messages: Sequence[Message]) -> list[Message]:
+    """Arguments of calls as objects. OpenAI writes them as text, which templates would quote once more."""
+    if not any("tool_calls" in message for message in messages):
+        return list(messages)
+    return [_called(message) if message.get("tool_calls") else message for message in messages]
+
+
+def _called(message: Message) -> Message:
+    calls = []
+    for call in message["tool_calls"]:
+        function = dict(call.get("function") or {})
+        if isinstance(function.get("arguments"), str):
+            with contextlib.suppress(ValueError):
+                function["arguments"] = json.loads(function["arguments"])
+        calls.append({**call, "function": function} if function else call)
+    return {**message, "tool_calls": calls}
+
+
 def chat_ids(messages: Sequence[Message], tokenizer: Any, chat_template: str | None = None) -> list[int]:
     """Ids of a chat that waits for an answer: exactly those that a training row of the same chat begins with.
 
     Args:
-        messages: dicts with role and content, the last one not the assistant's.
+        messages: dicts with role and content, the last one not the assistant's; ``samples.Messages`` with tools.
         tokenizer: the transformers tokenizer.
         chat_template: a Jinja template, when not the tokenizer's own.
 
     Raises:
         DataError: there is no chat template, or it refuses these messages.
     """
-    template, encoder = ChatTemplate(tokenizer, chat_template), Encoder(tokenizer)
+    template, encoder = ChatTemplate(tokenizer, chat_template).given_tools(tools_of(messages)), Encoder(tokenizer)
     text, why = template.try_render(messages, prompt=True)
     if text is None:
         raise DataError("The chat template refuses these messages.", seen=why, todo="change the order or the roles")

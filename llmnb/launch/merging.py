@@ -121,7 +121,7 @@ def _documents(store: Store, config: TrainConfig, select: Any, fold: str | None)
     columns = None if key is None else {c.split(".")[0] for c in ((key,) if isinstance(key, str) else key)}
     found, size = [], 0
     for document in store.rows(select, fold=fold, limit=_DOCUMENTS):
-        kept = {k: v for k, v in document.items() if columns is None or k in columns or k == "_id"}
+        kept = {k: v for k, v in document.items() if columns is None or k in columns or k in ("_id", "tools")}
         found.append(kept)
         size += len(str(kept))
         if size > _CHARS:

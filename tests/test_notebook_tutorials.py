@@ -101,9 +101,9 @@ class Pages:
         assert found, piece
         return ["".join(str(o.data.get("text/html", "")) for o in cell.outputs if "data" in o) for cell in found]
 
-    def text(self, piece):
-        """The plain text of the last cell with that in its source."""
-        (*_, cell) = [cell for cell in self.cells if piece in cell.source]
+    def text(self, piece, alone=False):
+        """The plain text of the last cell with that in its source, or with that alone as its source."""
+        (*_, cell) = [cell for cell in self.cells if (piece == cell.source if alone else piece in cell.source)]
         return "".join(o.get("text") or o.get("data", {}).get("text/plain", "") for o in cell.outputs)
 
     def curves(self, piece, state, points):
@@ -129,7 +129,9 @@ def quickstart(pages):
 
 def own_data(pages):
     pages.curves("run = ", "done", 40)
-    assert "notes: 100 documents (" in pages.text("%llm_data notes")
+    assert "notes: 100 documents (" in pages.text("%llm_data notes", alone=True)
+    found = pages.text("found = ")
+    assert "the same as a row before" in found and "trained" in found
     counts = eval(pages.text("counts = "))
     assert 0 < counts["rows"] == counts["found"] <= 80 and counts["cut"] == counts["dropped"] == 0
     assert 0 < counts["trained_tokens"] <= counts["tokens"]
@@ -160,6 +162,8 @@ def checkpoints(pages):
     (listed,) = pages.html("%llm_checkpoints")
     assert all(f">{step}<" in listed for step in (30, 60, 90)) and "best" in listed
     assert pages.chats() == [3, 1]
+    measured = pages.text("measured = ")
+    assert "perplexity" in measured and "base" in measured and "bleu" in measured
     assert pages.text("report.max") == "(True, True)" and "perplexity" in pages.text("import shutil")
     assert "(60, 'adapter', " in pages.text("db.load")
     assert "[60, 90]" in pages.text("db.show")

@@ -1,7 +1,12 @@
-"""An inspection as a page of HTML: no script, everything a document holds is escaped, colours of the theme."""
+"""An inspection as a page of HTML: no script, and everything that a document holds is escaped.
+
+A notebook that is opened without a kernel goes through JupyterLab's sanitiser, which takes out SVG, variables of the
+theme and mixed colours. So the picture is an image, and colours are plain ones that can be read on white and on black.
+"""
 
 from __future__ import annotations
 
+import base64
 import html
 
 from .report import Facts, Finding, ShownRow
@@ -10,10 +15,8 @@ from .words import counted, head_of, key_of, lengths_of, some
 __all__ = ["page", "row_html"]
 
 _FONT = "font-family:var(--jp-ui-font-family,var(--vscode-font-family,system-ui,sans-serif))"
-_MONO = "font-family:var(--jp-code-font-family,var(--vscode-editor-font-family,monospace));font-size:.92em"
-_ACCENT = "var(--jp-brand-color1,#1976d2)"
-_ERROR = "var(--jp-error-color1,#c62828)"
-_LINE = "1px solid var(--jp-border-color2,rgba(128,128,128,.35))"
+_MONO = "font-family:monospace;font-size:.92em"
+_ACCENT, _ERROR, _LINE = "#2b83d6", "#d64545", "1px solid #8a8a8a"
 _GREY = "#8a8a8a"  # reads on white and on black
 _SHOWN = 3
 WIDTH, HEIGHT = 560, 120
@@ -80,8 +83,7 @@ def histogram(facts: Facts) -> str:
     )
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + 20}" width="{WIDTH}" '
-        f'style="max-width:100%;display:block;margin:6px 0" role="img" aria-label="{_text(said)}" font-size="11" '
-        f'font-family="system-ui,sans-serif"><title>{_text(said)}</title>'
+        f'height="{HEIGHT + 20}" font-size="11" font-family="system-ui,sans-serif">'
     ]
     for i, number in enumerate(totals):
         tall = HEIGHT * number / most
@@ -98,17 +100,21 @@ def histogram(facts: Facts) -> str:
     cut = next((i for i, edge in enumerate(facts.edges[:-1]) if edge >= facts.limit), None)
     if cut is not None and low < facts.limit:
         out.append(f'<path d="M{cut * each:.1f} 0V{HEIGHT}" stroke="{_ERROR}" stroke-dasharray="4 3"/>')
-    return "".join([*out, "</svg>"])
+    data = base64.b64encode("".join([*out, "</svg>"]).encode()).decode()
+    return (
+        f'<img alt="rows by length: {_text(said)}" src="data:image/svg+xml;base64,{data}" '
+        f'style="width:100%;max-width:{WIDTH}px;display:block;margin:6px 0">'
+    )
 
 
-_TRAINED = f"background:color-mix(in srgb,{_ACCENT} 26%,transparent);border-radius:2px"
+_TRAINED = "background-color:rgba(43,131,214,.28);border-radius:2px"
 
 
 def row_html(row: ShownRow) -> str:
     """One row, its tokens coloured: tinted ones carry loss, framed ones are special."""
     spans = []
     for text, trained, special in row.tokens:
-        style = (_TRAINED if trained else "") + (f";outline:1px solid {_GREY};outline-offset:-1px" if special else "")
+        style = (_TRAINED if trained else "") + (f";border:1px solid {_GREY};border-radius:2px" if special else "")
         shown = _text(text).replace("\n", '<span style="opacity:.5">⏎</span>\n')
         spans.append(f'<span style="{style}">{shown}</span>' if style else shown)
     before = f'<span style="opacity:.6">… {row.before:,} tokens before </span>' if row.before else ""

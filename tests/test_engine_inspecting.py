@@ -166,6 +166,9 @@ def test_an_inspection_survives_json_and_hides_no_script(spec):
     assert again.facts == inspection.facts and repr(again) == repr(inspection)
     page = inspection._repr_html_()
     assert "<script" not in page and "<b>" not in page and "_id &lt;b&gt;0" in page
+    assert "data:image/svg+xml" in page and "<svg" not in page and "color-mix" not in page, (
+        "JupyterLab would take it out"
+    )
     assert "control characters" in repr(inspection) and "_id <b>0, <b>1" in repr(inspection)
 
 

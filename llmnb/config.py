@@ -184,6 +184,10 @@ class TrainConfig(_Json):
     lora_bias: str = setting("none", help="'none', 'all' or 'lora_only'")
     use_rslora: bool = setting(False, help="scale of the update is alpha / sqrt(r): high ranks learn as low ones do")
     use_dora: bool = setting(False, help="size and direction of each weight apart: often a little better, slower")
+    lora_init: str = setting(
+        "default",
+        help="'pissa' begins with a weight's largest singular values and learns faster; 'pissa_niter_16' soon",
+    )
     loraplus_lr_ratio: float | None = setting(None, "times", "LoRA's B learns so many times faster than A; 16 is usual")
     bits: int | None = setting(None, "bits", "4 or 8: train LoRA on a quantised base (QLoRA)")
     # where

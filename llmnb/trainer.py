@@ -6,6 +6,7 @@ the installed transformers' source text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -257,11 +258,18 @@ _TEXTS = {"identifier", "output_dir", "chat_template", "prompt_template"}
 
 def _lora_faults(mine: Mapping[str, Any], trainer_kwargs: Mapping[str, Any]) -> list[Fault]:
     """Variants of LoRA that were asked for without LoRA, or beside an optimizer of the person's own."""
+    init = mine.get("lora_init", "default")
     asked = [name for name in ("use_rslora", "use_dora", "loraplus_lr_ratio") if mine.get(name)]
+    asked += ["lora_init"] if init != "default" else []
     todo = "set use_lora=True, or leave it out"
     if mine.get("use_lora", True):
         asked = []
     faults = [Fault(name, "is a kind of LoRA, and use_lora is False", todo) for name in asked]
+    if init != "default" and mine.get("use_dora"):
+        faults.append(Fault("lora_init", f"{init!r} and use_dora both take a weight apart", "give one of them"))
+    if init != "default" and mine.get("bits"):
+        what = f"{init!r} decomposes whole weights, and the base is in {mine['bits']} bits"
+        faults.append(Fault("lora_init", what, "'default', or bits=None"))
     own = sorted({"optimizers", "optimizer_cls_and_kwargs"} & set(trainer_kwargs))
     if own and mine.get("loraplus_lr_ratio"):
         faults.append(Fault("loraplus_lr_ratio", f"sets the optimizer up, and so does {own[0]}", "give one of them"))
@@ -319,6 +327,11 @@ def _own_faults(mine: Mapping[str, Any]) -> list[Fault]:
         elif name == "loraplus_lr_ratio" and value is not None:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1:
                 faults.append(Fault(name, f"must be a number from 1, not {value!r:.40}", "16"))
+        elif name == "lora_init":
+            if not isinstance(value, str) or not re.fullmatch(r"default|pissa(_niter_[1-9]\d?)?", value):
+                faults.append(
+                    Fault(name, f"must be 'default', 'pissa' or 'pissa_niter_N', not {value!r:.40}", "'pissa'")
+                )
         elif name == "dpo_beta":
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 faults.append(Fault(name, f"must be a number above 0, not {value!r:.40}", "0.1"))

@@ -11,6 +11,7 @@ from ranks import carry_out
 
 from llmnb import LLMTrainer
 from llmnb.config import ModelSpec, TrainConfig
+from llmnb.engine.preferences import COLUMNS, PreferenceReader
 from llmnb.engine.rows import NO_LOSS, chat_ids, make_rows, prompt_ids
 from llmnb.errors import ConfigError, DataError, ModelError
 from llmnb.launch.sharing import faults_of
@@ -160,6 +161,13 @@ def test_the_fields_are_found_or_asked_for():
         transform=lambda prompt, response: {"prompt": prompt, "chosen": response, "rejected": "no"},
     )
     assert len(made) == 12
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    chats = [{**as_chats(preferences(1))[0], "tools": tools}]
+    reader = PreferenceReader(
+        ("chosen", "rejected", "tools"), None, lambda c, r, t: dict(zip(COLUMNS[1:], (c, r)), tools=t), chats
+    )
+    sample = reader.read(chats[0])
+    assert sample.value.tools == sample.rejected.tools == tools
 
 
 def test_an_evaluation_asks_for_the_answer_that_was_chosen():

@@ -10,6 +10,7 @@ bases          base models and tokenizers, from a folder or the hub, plain or qu
 vocabulary     a row for every token, and a token to pad with
 fingerprints   which weights a base has, without reading them all
 adapters       LoRA: attach, load, count; says which modules there are
+pissa          LoRA that begins with the principal part of each weight
 manifest       ``llmnb.json``, the card in every checkpoint folder
 rows           documents → token rows with labels (with ``samples`` and ``encoding``)
 preferences    documents with two answers → pairs of rows

@@ -63,6 +63,7 @@ class Loop(Trainer):
         order: of the training rows; None for Trainer's own.
         train_collator: makes the training batches; None: ``data_collator``, which makes those of evaluations.
         loraplus: LoRA's B learns so many times faster than A; None: as fast.
+        principal: what PiSSA subtracts, ``pissa.Principal``; None without it.
         kwargs: of ``Trainer``.
     """
 
@@ -80,10 +81,11 @@ class Loop(Trainer):
         order: Order | None = None,
         train_collator: Any = None,
         loraplus: float | None = None,
+        principal: Any = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.train_collator, self.loraplus = train_collator, loraplus
+        self.train_collator, self.loraplus, self.principal = train_collator, loraplus, principal
         self.remove_callback(PrinterCallback)
         self.hooks = hooks
         self.card = card
@@ -344,8 +346,18 @@ class Loop(Trainer):
         self._away += time.perf_counter() - start
 
     def _load_best_model(self) -> None:
-        if not self.apart:  # only rank 0 could read it, and the ranks would load together
+        if self.apart:  # only rank 0 could read it, and the ranks would load together
+            return
+        if self.principal is None:
             super()._load_best_model()
+        elif self.state.best_model_checkpoint is not None:
+            self.principal.load(self.model, Path(self.state.best_model_checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.principal is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.principal.load(self.model, Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -370,3 +382,5 @@ class Loop(Trainer):
                 undo.callback(self.model.__dict__.pop, "save_pretrained", None)
             undo.enter_context(quiet())
             super()._save(output_dir, state_dict)
+            if self.principal is not None and self.is_world_process_zero():  # DeepSpeed has all ranks come here
+                self.principal.complete(Path(output_dir or self.args.output_dir))

@@ -17,7 +17,7 @@ from .counts import RowReport
 from .encoding import Ids, Ranges
 from .formats import as_messages, is_sharegpt
 from .rows import Collator, Maker, Rows
-from .samples import Reader, Sample, chat_fault, own_fields, type_of
+from .samples import Reader, Sample, chat_fault, own_fields, type_of, with_tools
 
 __all__ = ["PairCollator", "PairMaker", "PairRows", "PreferenceReader"]
 
@@ -78,7 +78,7 @@ class PreferenceReader(Reader):
             gave = ", ".join(sorted(map(str, result))) or "nothing"
             return f"transform gave {gave}; wanted is prompt, chosen and rejected"
         names = [name for name in COLUMNS if name in result]
-        return self._sample("", [result[name] for name in names], names)
+        return with_tools(self._sample("", [result[name] for name in names], names), result)
 
     def _preference(self, values: Sequence[Any], names: Sequence[str]) -> Sample | str:
         (*prompts, chosen, rejected), (*_, good, bad) = values, names

@@ -254,7 +254,7 @@ class Reader:
             if self._alpaca:
                 self.converted = alpaca_note()
                 return self._sample("pair", alpaca_pair(*values), (ALPACA[0], ALPACA[2]))
-            return _with_tools(self._sample(self.kind or "text", values, self.columns), document)
+            return with_tools(self._sample(self.kind or "text", values, self.columns), document)
         try:
             result = self.transform(*values)
         except _THEIRS as error:
@@ -273,7 +273,7 @@ class Reader:
         elif looks_like_chat(result):
             sample = self._sample("messages", [result], ("messages",))
         elif isinstance(result, Mapping):
-            sample = _with_tools(self._of_dict(result), result)
+            sample = with_tools(self._of_dict(result), result)
         else:
             return f"transform gave {type(result).__name__}, not a dict"
         if isinstance(sample, Sample):
@@ -317,7 +317,7 @@ class Reader:
         return Sample(kind, values[0] if kind == "text" else tuple(values))
 
 
-def _with_tools(sample: Sample | str, source: Mapping[str, Any]) -> Sample | str:
+def with_tools(sample: Sample | str, source: Mapping[str, Any]) -> Sample | str:
     """A chat with the functions that stand beside it, as a list or as the text of one."""
     given = source.get("tools")
     if isinstance(sample, str) or sample.kind != "messages" or not given:

@@ -105,6 +105,8 @@ class TrainingRun:
         self.model: Any = None
         self.tokenizer: Any = None
         self.loop: Any = None
+        self.principal: Any = None
+        self.resume: Path | None = None
         self.main = True
 
     def go(
@@ -118,6 +120,7 @@ class TrainingRun:
         from transformers import set_seed
 
         self._check(data, resume)
+        self.resume = Path(resume) if resume is not None else None
         options = self._options(trainer_kwargs)
         self.main = _rank() == 0
         if not self.main:
@@ -265,6 +268,9 @@ class TrainingRun:
     def _prepare(self, plan: Plan, adapter: Path | None, fingerprint: str, new_tokens: list[int]) -> None:
         """The model as it is trained: its adapter, its dtypes, its checkpointing."""
         config = self.config
+        if adapter is not None and config.use_lora and config.lora_init != "default":
+            what = f"{config.lora_init!r} begins a new adapter, and the run goes on from {adapter.name}"
+            raise ConfigError([Fault("lora_init", what, "leave it out")])
         if adapter is not None:
             adapters.check_base(adapter, self.spec.model_name_or_path, fingerprint)
             self.model = adapters.load_adapter(self.model, adapter, trainable=config.use_lora)
@@ -273,6 +279,10 @@ class TrainingRun:
                 self.model.requires_grad_(True)
         elif config.use_lora:
             self.model = adapters.attach_lora(self.model, config, new_tokens, task=self.lora_task)
+            if config.lora_init != "default":
+                from .pissa import Principal
+
+                self.principal = Principal(self.model, config.lora_init, self.resume)
         if config.use_lora:
             modules = adapters.lora_modules(self.model)
             self.counts["modules"] = len(modules)
@@ -320,6 +330,7 @@ class TrainingRun:
             resumed=manifest.read(resume) if resume else None,
             order=order,
             loraplus=self.config.loraplus_lr_ratio,
+            principal=self.principal,
             **self._loop_options(),
             **options,
         )

@@ -178,6 +178,13 @@ _TABLE: Mapping[str, Sequence[_Line]] = {
             "size and direction of a weight apart: often a little better, slower",
             {"needs": _LORA},
         ),
+        (
+            "lora_init",
+            "Begins with",
+            "",
+            "pissa: a weight's largest singular values, learns faster; niter_16 finds them in seconds; twice the file",
+            {"needs": _LORA, "choices": ("default", "pissa", "pissa_niter_16"), "kind": "choice"},
+        ),
         ("loraplus_lr_ratio", "LoRA+", "times", "B learns so many times faster than A; 16 is usual", {"needs": _LORA}),
         ("neftune_noise_alpha", "NEFTune", "", "noise on embeddings while training, 5 is usual: less learnt by heart"),
     ),

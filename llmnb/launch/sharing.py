@@ -81,6 +81,9 @@ def faults_of(config: TrainConfig, *, bits: int | None, gpus: int | None, worker
         what = f"{way_of(config)} takes weights apart, and DoRA needs the length of whole ones"
         faults.append(Fault("use_dora", what, "ZeRO stage 2 or DDP; or leave it out"))
     faults += _dpo(config)
+    if config.lora_init != "default" and way_of(config) in ("ZeRO-3", "FSDP"):
+        what = f"{way_of(config)} takes weights apart, and PiSSA decomposes whole ones"
+        faults.append(Fault("lora_init", what, "ZeRO stage 2 or DDP; or 'default'"))
     if why is not None:
         faults.append(Fault("fsdp" if config.deepspeed is None else "deepspeed", *why))
     if config.deepspeed is not None:

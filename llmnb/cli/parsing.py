@@ -113,7 +113,8 @@ def _train(commands: Any) -> None:
 
 
 def _narrowed(made: Any) -> None:
-    made.add_argument("--key", metavar="K", help="a column, 'prompt,response', or messages; default: seen in the rows")
+    key = "a column, 'prompt,response', 'prompt,chosen,rejected', or messages; default: seen in the rows"
+    made.add_argument("--key", metavar="K", help=key)
     made.add_argument("--filter", metavar="JSON", help="a MongoDB filter: only these documents")
     made.add_argument("--limit", type=_count, metavar="N", help="at most N documents")
 

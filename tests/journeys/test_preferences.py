@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from llmnb import LLM, Collection, LLMTrainer, connect
+from llmnb.launch import runner
 
 pytest.importorskip("trl")
 
@@ -98,4 +99,5 @@ def test_the_command_and_the_magic_take_it(mongo_uri, tiny_llama, tmp_path, caps
     shell.user_ns["run"].wait()
     assert shell.user_ns["run"].state == "done"
     shell.run_cell("%unload_ext llmnb")
+    runner.stop(tmp_path / "home", patience=2.0)
     db.close()

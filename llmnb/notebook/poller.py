@@ -1,7 +1,7 @@
 """One thread per kernel that reads what the watched runs say, and shows it to their views.
 
 The thread reads ``seq > last`` from the database, folds it into a curve, and hands the curve to every view of that run,
-at most four times a second, a long run's twice. It never prints, and it outlives a database that is away for a while.
+at most four times a second, a long run's once. It never prints, and it outlives a database that is away for a while.
 It knows no widget: a view is anything with ``show`` and ``close``.
 """
 
@@ -22,7 +22,7 @@ from ..series import Columns, Curve
 __all__ = ["EVERY", "GONE", "Poller", "View", "read"]
 
 EVERY = 0.25  # seconds between two looks; a person sees no difference below, and a database feels none above
-LONG_EVERY = 0.45  # the same for a long run: drawing its 100 000 points costs the page 8 ms
+LONG_EVERY = 0.95  # the same for a long run, whose picture moves by less than a pixel and costs the page 8 ms
 UNSEEN = 2.0  # seconds between looks at a run that no page shows
 PATIENCE = 8.0  # seconds between looks while the database is away
 LOST_EVERY = 10.0  # seconds between two searches for runs without a sign of life

@@ -86,6 +86,7 @@ class ChatBox:
         self._todo: list[Callable[[], None]] = []
         self._worker: threading.Thread | None = None
         self._kept: DisplayHandle | None = None
+        self.kept_by: Callable[[], None] | None = None  # where another view keeps the chat with its own picture
         self._kept_at = self._all_at = 0.0
         self._session.chats().watch(self._state)
 
@@ -467,15 +468,27 @@ class ChatBox:
             raise DataError("An answer is still being given.", todo="press Stop first")
 
     def _keep_still(self, now: bool = False) -> None:
-        if self._kept is not None and (now or time.monotonic() - self._kept_at > _KEEP_EVERY):
+        if not now and time.monotonic() - self._kept_at <= _KEEP_EVERY:
+            return
+        if self._kept is not None:
             self._kept.update(self._keepsake(), raw=True)
+        elif self.kept_by is not None and self.chat.turns:
+            self._kept_at = time.monotonic()
+            self.kept_by()
+
+    def said(self) -> dict[str, str]:
+        """The chat as text and as HTML; {} before the first question."""
+        if not self.chat.turns:
+            return {}
+        return {"text/plain": chats.plain(self.chat), "text/html": chats.page(self.chat)}
 
     def _keepsake(self) -> dict[str, str]:
         self._kept_at = time.monotonic()
-        if not self.chat.turns:
+        said = self.said()
+        if not said:
             text = "The chat: run this cell to open it."
-            return {"text/plain": text, "text/html": still.kept(f"<pre>{text}</pre>")}
-        return {"text/plain": chats.plain(self.chat), "text/html": still.kept(chats.page(self.chat))}
+            said = {"text/plain": text, "text/html": f"<pre>{text}</pre>"}
+        return {**said, "text/html": still.kept(said["text/html"])}
 
 
 def _turn(turn: Turn) -> dict[str, Any]:

@@ -58,11 +58,18 @@ class LiveView:
         run: the handle.
         session: the shell's, for runs to compare with and to watch a resumed run again; None without.
         saved: called on the poller's thread when a checkpoint was saved; who gives it lists them, so the view does not.
+        below: what a saved notebook shows under the curve, as text and HTML; {} while there is nothing.
     """
 
-    def __init__(self, run: Any, session: Any = None, saved: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        run: Any,
+        session: Any = None,
+        saved: Callable[[], None] | None = None,
+        below: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
         self._lock = threading.RLock()
-        self._run, self._saved = run, saved
+        self._run, self._saved, self._below = run, saved, below
         self.widget = LiveChart(run=run.id)
         self.widget.on_msg(self._heard)
         self._kept: DisplayHandle | None = None
@@ -88,12 +95,20 @@ class LiveView:
             self._kept = kept
             self._update_keepsake()
 
+    def keep_again(self) -> None:
+        """What stands below the curve has changed."""
+        with self._lock:
+            self._update_keepsake()
+
     @property
     def keepsake(self) -> dict[str, str]:
         """What a saved notebook shows in place of the widget."""
         with self._lock:
             out = still.bundle(self._curve, title_of(self._record), time.time(), small=not self._curve.ended)
-            out["text/html"] = still.kept(out["text/html"])
+            more = self._below()
+            if more:
+                out["text/plain"] += f"\n\n{more['text/plain']}"
+            out["text/html"] = still.kept(out["text/html"] + more.get("text/html", ""))
             return out
 
     @property

@@ -35,7 +35,8 @@ class RunView:
         database = session.database()
         self.chat = ChatBox(session, database, [run.id])
         self.picker = Picker(session, database, run.id, chat=self.chat.choose)
-        self.live = LiveView(run, session, saved=self._saved)
+        self.live = LiveView(run, session, saved=self._saved, below=self.chat.said)
+        self.chat.kept_by = self.live.keep_again
         parts = [self.live.widget, self.picker.widget, self.chat.widget]
         self.widget = ipywidgets.VBox(parts, layout=ipywidgets.Layout(overflow="visible", width="100%"))
         self.widget.add_class("llmnb-run")

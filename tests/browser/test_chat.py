@@ -323,4 +323,6 @@ def stays_in_the_file(page):
     page.page.wait_for_selector(".llmnb-kept", timeout=30_000)
     stays = page.output(2).inner_text()
     assert QUESTION in stays and "tickets step 60" in stays and "not found" not in stays
+    under = page.output(5).inner_text()
+    assert QUESTION in under and "tickets step 40" in under and "base" in under, "the chat under a run's curve, too"
     assert page.page.evaluate("() => window.evil") is None

@@ -162,7 +162,9 @@ class TrainConfig(_Json):
     train_on: str | None = setting(
         None, help="'answers' or 'all' tokens carry loss; None: answers for pairs and chats, all for text"
     )
-    chat_template: str | None = setting(None, help="a Jinja chat template when the tokenizer has none")
+    chat_template: str | None = setting(
+        None, help="for a tokenizer without one: a Jinja chat template, or chatml, zephyr, llama3, phi3, gemma, mistral"
+    )
     max_cut_share: float = setting(
         0.1,
         "share of rows",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from . import options
+from .chat_templates import PRESETS
 from .config import DPO_LOSSES, ModelSpec, TrainConfig, thaw
 from .errors import ConfigError, Fault, LlmnbError, near
 from .job import source_text
@@ -197,6 +198,7 @@ class LLMTrainer:
         faults += _dpo_faults(mine, arguments, trainer_kwargs, model)
         if faults:
             raise ConfigError(faults)
+        mine["chat_template"] = PRESETS.get(mine.get("chat_template") or "", mine.get("chat_template"))
         if "overwrite_output_dir" in self._values:
             note.append("overwrite_output_dir: each run has a folder of its own, so nothing is overwritten")
         config = TrainConfig(**mine, arguments=arguments)
@@ -338,6 +340,10 @@ def _own_faults(mine: Mapping[str, Any]) -> list[Fault]:
         elif name in _WORDS and (value not in _WORDS[name] or (isinstance(value, int) and not isinstance(value, bool))):
             words = " or ".join(repr(w) for w in _WORDS[name])
             faults.append(Fault(name, f"must be {words}, not {value!r:.40}"))
+        elif name == "chat_template" and isinstance(value, str) and "{" not in value and value not in PRESETS:
+            close = near(value, PRESETS)
+            todo = f"did you mean {close[0]!r}?" if close else f"a Jinja template, or one of {', '.join(PRESETS)}"
+            faults.append(Fault(name, f"{value!r:.40} is neither a Jinja template nor the name of one", todo))
         elif name in _TEXTS and value is not None and not isinstance(value, str):
             faults.append(Fault(name, f"must be text, not {type(value).__name__}"))
         elif name == "select" and value is not None and not _is_rows(value):

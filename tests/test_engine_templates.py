@@ -7,10 +7,12 @@ from chat_families import CHATML, FAMILIES, GEMMA, LLAMA3, MISTRAL, PHI, ZEPHYR,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmnb import LLMTrainer
+from llmnb.chat_templates import PRESETS
 from llmnb.config import TrainConfig
 from llmnb.engine.rows import make_rows
 from llmnb.engine.templates import ChatTemplate, chat_ids, prompt_ids
-from llmnb.errors import DataError
+from llmnb.errors import ConfigError, DataError
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
@@ -313,3 +315,35 @@ def test_any_chat_is_masked_as_written_and_begins_as_it_is_asked(family, content
     assert no_space(got) == no_space(want)
     if family is not PHI:
         assert got == want
+
+
+@by_family
+def test_presets_write_what_their_families_write(family):
+    """As the pieces that a person wrote down; Phi's own one ends with an EOS more, which no answer needs."""
+    preset = PRESETS[{"phi": "phi3"}.get(family.name, family.name)]
+    tokenizer = make_tokenizer(family, template=None)
+    for messages in (CHAT[:2], CHAT):
+        ids, labels, _ = row_of(messages, tokenizer, chat_template=preset)
+        want = by_hand(family, messages, tokenizer)
+        shorter = len(want[0]) - len(ids)
+        assert shorter == (family is PHI) and (ids, labels) == tuple(part[: len(ids)] for part in want)
+        asked = chat_ids(messages[:-1], tokenizer, preset)
+        assert ids[: len(asked)] == asked, "and it is asked as it was trained"
+    ids, _, report = row_of([SYSTEM, *CHAT[:2]], tokenizer, chat_template=preset)
+    assert "be brief" in tokenizer.decode(ids) and report.used == 1, "a system message finds a place in each"
+
+
+def test_a_preset_is_given_by_its_name_and_recorded_as_a_template():
+    assert LLMTrainer(chat_template="zephyr").freeze().config.chat_template == PRESETS["zephyr"]
+    assert LLMTrainer(chat_template="{{ messages }}").freeze().config.chat_template == "{{ messages }}"
+    with pytest.raises(ConfigError, match=r"neither a Jinja template[\s\S]*zephyr"):
+        LLMTrainer(chat_template="zefyr").freeze()
+
+
+def test_an_end_of_turn_that_is_no_token_is_said():
+    bare = make_tokenizer(ZEPHYR, template=None)
+    _, _, report = row_of(CHAT, bare, chat_template=PRESETS["chatml"])
+    assert any("'<|im_end|>', which is no token" in note and "zephyr" in note for note in report.notes)
+    _, labels, report = row_of(CHAT, bare, chat_template=PRESETS["zephyr"])
+    assert not any("no token of this tokenizer" in note for note in report.notes)
+    assert bare.eos_token_id in labels

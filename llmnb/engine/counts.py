@@ -110,6 +110,7 @@ class Counts:
         unmarked: chats without BOS in a template, where the tokenizer's rows have one.
         skipped: documents that could not be read, by reason.
         dropped: all documents without a row.
+        long_stop: the end of turn and how many tokens it takes, when the tokenizer has no token for it.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Counts:
     unmarked: Count = field(default_factory=Count)
     dropped: Count = field(default_factory=Count)
     skipped: dict[str, Count] = field(default_factory=dict)
+    long_stop: tuple[str, int] | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -251,6 +253,11 @@ class Counts:
             yield "prompts and responses touch without a space; prompt_template='{input}\\n' would part them"
         if self.unstopped.number:
             yield "the chat template writes no end of turn; the tokenizer's EOS ends each row instead"
+        if self.long_stop is not None:
+            yield (
+                f"the chat template ends a turn with {self.long_stop[0]!r}, which is no token of this tokenizer but "
+                f"{self.long_stop[1]}; chat_template='zephyr' ends turns with the tokenizer's own EOS"
+            )
         if self.unlike.number:
             yield (
                 "the chat template opens an answer otherwise than it writes one, so the model will be asked in a way "

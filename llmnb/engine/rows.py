@@ -215,6 +215,9 @@ class Maker:
     def _chats(self, names: Sequence[str], chats: Sequence[list[dict[str, Any]]], answers: bool) -> None:
         if self.template is None:
             self.template = ChatTemplate(self.tokenizer, self.config.chat_template)
+            closer = self.template.closer.strip()
+            tokens = len(self.encoder.ids(closer)) if closer else 1
+            self.counts.long_stop = (closer, tokens) if tokens > 1 else None
         good: list[tuple[str, Chat]] = []
         for name, messages, chat in zip(names, chats, self.template.chats(chats), strict=True):
             if isinstance(chat, str):

@@ -57,7 +57,7 @@ class ChatTemplate:
         if not chat_template and not own:
             raise DataError(
                 "This tokenizer has no chat template, so chats cannot be written as text.",
-                todo="set chat_template= to a Jinja template (the base model's page often has one), "
+                todo="set chat_template='zephyr' (it needs no new tokens) or another preset or Jinja template, "
                 "or turn each chat into text or a prompt and response with transform=",
             )
         self.tokenizer = tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 
 import pytest
@@ -82,6 +83,7 @@ def test_kept_listed_opened_and_removed(store):
     assert "--history mine" in str(caught.value)
     with pytest.raises(ConfigError, match="name"):
         db.keep_chat(talk(), " ")
+    time.sleep(0.01)  # chats of the same millisecond have no order
     db.keep_chat(talk(), "other")
     listed = db.chats()
     assert [(c["name"], c["turns"]) for c in listed] == [("other", 3), ("mine", 4)]

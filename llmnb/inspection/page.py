@@ -79,7 +79,7 @@ def histogram(facts: Facts) -> str:
         return ""
     each = WIDTH / len(totals)
     said = "; ".join(
-        f"{a} to {b - 1} tokens: {n} rows" for a, b, n in zip(facts.edges, facts.edges[1:], totals, strict=False)
+        f"{n} rows of {a} to {b - 1} tokens" for a, b, n in zip(facts.edges, facts.edges[1:], totals, strict=False)
     )
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + 20}" width="{WIDTH}" '

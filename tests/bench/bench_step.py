@@ -1,9 +1,23 @@
-"""Tokens per CPU second of the training step, against transformers.Trainer on the same rows.
+"""Real tokens per CPU second of the training step, beside the peers, on the same rows in one run.
 
-Run by hand: ``python tests/bench/bench_step.py [--vocabulary 8192] [--full] [--equal]``. Every round starts each
-contestant in a process of its own, one thread, interleaved; the medians and the losses of the first ten steps are
-printed. The work is that of a small Llama (6 layers, width 256) on rows whose lengths are log-normal, the first 40 % of
-each a prompt without loss. Real tokens are counted, not padding.
+    python tests/bench/bench_step.py [--vocabulary 65536] [--full] [--equal] [--rounds 5] [--only ours,trainer]
+    python tests/bench/bench_step.py --all
+
+The work: a Llama of 6 layers, width 256, 8 heads (4 key-value); LoRA of rank 16 on all linear layers without dropout,
+or all weights; 8 rows a step out of 2 000, lengths log-normal (median 150, sigma 0.9, 16 to 1 024), the first 40 % of
+each a prompt without loss; float32, one thread. ``--equal``: all rows 256 long, where padding gives nothing away. Every
+round starts each contestant in a process of its own, one after another; figures are medians with the least and the
+most, ratios are medians of each round's ratio. Padding is never counted as tokens. As little of a padded batch is real
+in the steps that are measured as in the whole epoch (``uneven.SEED``).
+
+Who is there: ``trainer`` is transformers.Trainer (its own settings are float32 without checkpointing here);
+``trl`` and ``trl-packed`` are TRL's SFTTrainer with bf16 and gradient checkpointing off. ``trl-defaults`` and
+``trl-packed-defaults`` are what TRL does on CPUs when nobody tells it: never the headline, and one round of them unless
+``--defaults-too``. TRL's path on CPUs scores every position, prompts and padding too. ``bare`` is a PyTorch
+loop over padded batches, ``bare-tricks`` the same loop over packs with everything of ours in it but the trainer.
+
+Faster only counts when the loss is the same: ends with 1 when one of the first ten losses of ours is further than 1e-4
+from the bare loop's.
 """
 
 from __future__ import annotations
@@ -11,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,160 +33,146 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [str(folder) for folder in (*Path(__file__).resolve().parents[2:0:-1], Path(__file__).resolve().parent)]
 
-CONTESTANTS = ("trainer", "trainer-grouped", "padded", "padding-free")
-BATCH = 8
+from step_contestants import AT_DEFAULTS, CONTESTANTS
+
+MOST_APART = 1e-4
+COMBINATIONS: list[dict[str, Any]] = [{}, {"vocabulary": 65536}, {"full": True}, {"equal": True}]
+# (against whom, "rate" at least or "peak" at most, goal), by (vocabulary, full, equal): the goals of issue 6.
+Goal = tuple[str, str, float]
+GOALS: dict[tuple[int, bool, bool], list[Goal]] = {
+    (8192, False, False): [
+        ("trainer", "rate", 3.7),
+        ("trainer-grouped", "rate", 2.0),
+        ("trl-packed", "rate", 2.9),
+        ("bare-tricks", "rate", 0.97),
+        ("trainer", "peak", 0.36),
+    ],
+    (65536, False, False): [
+        ("trainer", "rate", 4.0),
+        ("trl-packed", "rate", 3.5),
+        ("bare-tricks", "rate", 0.97),
+        ("trainer", "peak", 0.17),
+    ],
+    (8192, True, False): [("trainer", "rate", 3.5), ("bare-tricks", "rate", 0.97)],
+    (8192, False, True): [("trainer", "rate", 1.1), ("bare-tricks", "rate", 0.97)],
+}
+Found = dict[str, dict[int, dict[str, Any]]]
 
 
-def rows_of(vocabulary: int, equal: bool) -> list[dict[str, list[int]]]:
-    """2 000 rows: lengths log-normal (median 150, sigma 0.9, 16 to 1 024), or all 256."""
-    import numpy as np
+def compete(known: argparse.Namespace, names: list[str]) -> Found:
+    """Every contestant in every round, in a process of its own; what each said, by round."""
+    found: Found = {name: {} for name in names}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    flags = [f"--vocabulary={known.vocabulary}", f"--steps={known.steps}"]
+    flags += ["--full"] * known.full + ["--equal"] * known.equal
+    with tempfile.TemporaryDirectory(prefix="llmnb-step-") as base:
+        make = f"from uneven import make_base; make_base({base!r}, {known.vocabulary})"
+        here = {**env, "PYTHONPATH": os.pathsep.join(sys.path[:3])}
+        subprocess.run([sys.executable, "-c", make], env=here, check=True, stdout=sys.stderr)
+        for number in range(known.rounds):
+            for name in names:
+                if name in AT_DEFAULTS and number and not known.defaults_too:
+                    continue
+                began = time.perf_counter()
+                command = [sys.executable, __file__, *flags, f"--base={base}", f"--contestant={name}"]
+                done = subprocess.run(command, env=env, capture_output=True, text=True)
+                if done.returncode:
+                    raise SystemExit(f"{name} failed:\n{done.stderr[-4000:]}")
+                found[name][number] = json.loads(done.stdout.splitlines()[-1])
+                seconds = time.perf_counter() - began
+                rate = found[name][number]["rate"]
+                print(f"  round {number + 1} {name:20} {rate:8,.0f}   {seconds:5.0f} s", flush=True)
+    return found
 
-    random = np.random.default_rng(0)
-    lengths = np.clip(np.exp(random.normal(np.log(150), 0.9, 2000)), 16, 1024).astype(int)
-    rows = []
-    for length in [256] * 2000 if equal else lengths:
-        ids = random.integers(5, vocabulary, length).tolist()
-        prompt = max(int(length * 0.4), 1)
-        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return rows
+
+def ratios(found: Found, name: str, other: str, what: str) -> list[float]:
+    """Of the rounds that both were in."""
+    return [run[what] / found[other][n][what] for n, run in found[name].items() if n in found[other]]
 
 
-def contest(known: argparse.Namespace) -> dict[str, Any]:
-    """One contestant, in this process."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+def spread(values: list[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
-    torch.set_num_threads(1)
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=known.vocabulary,
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-    )
-    model: Any = LlamaForCausalLM(config)
-    if not known.full:
-        from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(
-            model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+def table(found: Found) -> None:
+    """One line for each contestant."""
+    beside = "trainer" if found.get("trainer") else next(iter(found))
+    print(f"\n| | rounds | real tokens per CPU second | × {beside} | by the wall | peak, GB | × {beside} |")
+    print("|---|---|---|---|---|---|---|")
+    for name, runs in found.items():
+        rate, peak = ([run[what] for run in runs.values()] for what in ("rate", "peak"))
+        wall = statistics.median(run["wall"] for run in runs.values())
+        faster, larger = (ratios(found, name, beside, what) for what in ("rate", "peak"))
+        print(
+            f"| {name} | {len(runs)} | {spread(rate, ',.0f')} | {spread(faster, '.2f')} | {wall:,.0f} "
+            f"| {spread(peak, '.2f')} | {statistics.median(larger):.2f} |"
         )
-    rows = rows_of(known.vocabulary, known.equal)
-    clock: dict[str, Any] = {"losses": []}
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 2:  # the first steps warm up
-                clock["start"] = time.process_time()
-
-        def on_log(self, args, state, control, logs, **kwargs):
-            if "loss" in logs:
-                clock["losses"].append(logs["loss"])
-
-    folder = tempfile.mkdtemp()
-    args = TrainingArguments(
-        folder,
-        per_device_train_batch_size=BATCH,
-        max_steps=known.steps,
-        learning_rate=1e-4,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        seed=0,
-        disable_tqdm=True,
-        train_sampling_strategy="group_by_length" if known.contestant == "trainer-grouped" else "random",
-    )
-    if known.contestant.startswith("trainer"):
-        from tokenizers import Tokenizer, models
-        from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
-
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>")
-        collator = DataCollatorForSeq2Seq(tokenizer)
-        trainer: Any = Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=[Clock()])
-    else:
-        trainer = _ours(model, args, rows, known.contestant, Clock())
-    trainer.train()
-    seconds = time.process_time() - clock["start"]
-    seen = _tokens(rows, trainer, known.steps)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 / 1024
-    return {"rate": seen / seconds, "peak": peak, "losses": clock["losses"][:10]}
 
 
-def _ours(model: Any, args: Any, rows: list[dict[str, list[int]]], contestant: str, clock: Any) -> Any:
-    from llmnb.engine.hooks import Hooks
-    from llmnb.engine.loop import Loop
-    from llmnb.engine.losses import HeadLoss, agrees
-    from llmnb.engine.order import Order
-    from llmnb.engine.packing import FlatCollator, keep_apart
-    from llmnb.engine.rows import Collator
-
-    class Tokens:
-        pad_token_id = 0
-
-    more: dict[str, Any] = {}
-    if contestant == "padding-free":
-        assert keep_apart(model) is None
-        loss = HeadLoss(model)
-        assert agrees(model, loss)
-        more = {"train_collator": FlatCollator(), "compute_loss_func": loss}
-    order = Order([len(row["input_ids"]) for row in rows], "random", args.seed)
-    card = {"kind": "adapter", "base_fingerprint": ""}
-    return Loop(
-        model=model,
-        args=args,
-        train_dataset=rows,
-        data_collator=Collator(Tokens()),
-        hooks=Hooks(),
-        card=card,
-        order=order,
-        callbacks=[clock],
-        **more,
-    )
-
-
-def _tokens(rows: list[dict[str, list[int]]], trainer: Any, steps: int) -> int:
-    """Real tokens of the measured steps."""
-    order = list(iter(trainer._get_train_sampler(rows)))
-    if hasattr(trainer, "order") and trainer.order is not None:
-        trainer.order.set_epoch(0)
-        order = list(iter(trainer.order))
-    return sum(len(rows[i]["input_ids"]) for i in order[2 * BATCH : steps * BATCH])
+def judge(known: argparse.Namespace, found: Found) -> bool:
+    """Goals and losses; False when a loss is too far off."""
+    print()
+    for other, what, goal in GOALS.get((known.vocabulary, known.full, known.equal), []):
+        if "ours" in found and other in found:
+            seen = ratios(found, "ours", other, what)
+            middle = statistics.median(seen)
+            good = middle >= goal if what == "rate" else middle <= goal
+            sign, word = ("≥", "tokens per CPU second") if what == "rate" else ("≤", "peak memory")
+            verdict = "reached" if good else "MISSED"
+            print(f"ours against {other}, {word}: {spread(seen, '.2f')}   goal {sign} {goal}   {verdict}")
+    equal = True
+    if "bare" in found:
+        plain = found["bare"][0]["losses"]
+        for name in ("ours", "ours-padded", "bare-tricks", "trainer"):
+            if name in found:
+                losses = [run["losses"] for run in found[name].values()]
+                gap = max(abs(a - b) for run in losses for a, b in zip(run, plain, strict=True))
+                equal &= gap <= MOST_APART
+                print(f"largest difference of the first {len(plain)} losses, {name} against bare: {gap:.1e}")
+    return equal
 
 
 def main() -> int:
-    """Prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """One table for each combination."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--full", action="store_true", help="all weights instead of LoRA")
     parser.add_argument("--equal", action="store_true", help="rows of equal length")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12, help="the clock runs from the third on")
+    parser.add_argument("--only", default="", help="contestants, with commas between: " + ", ".join(CONTESTANTS))
+    parser.add_argument("--all", action="store_true", help="the four combinations that have goals")
+    parser.add_argument("--defaults-too", action="store_true", help="every round also with TRL's own settings")
+    parser.add_argument("--contestant", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
+    parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
     known = parser.parse_args()
     if known.contestant:
-        print(json.dumps(contest(known)))
-        return 0
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    for _ in range(known.rounds):
-        for name in CONTESTANTS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--contestant", name]
-            out = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
-            found[name].append(json.loads(out.splitlines()[-1]))
-    plain = statistics.median(run["rate"] for run in found["trainer"])
-    for name, runs in found.items():
-        rate = statistics.median(run["rate"] for run in runs)
-        peak = statistics.median(run["peak"] for run in runs)
-        print(f"{name:16} {rate:8,.0f} tokens per CPU second  {rate / plain:5.2f}x   peak {peak:5.2f} GB")
-    ours, theirs = found["padding-free"][0]["losses"], found["padded"][0]["losses"]
-    gap = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-    print(f"largest difference of a loss, padding-free against padded: {gap:.1e}")
+        return one(known)
+    names = [name.strip() for name in known.only.split(",") if name.strip()] or list(CONTESTANTS)
+    if unknown := set(names) - set(CONTESTANTS):
+        parser.error(f"--only: {', '.join(sorted(unknown))} unknown; there are {', '.join(CONTESTANTS)}")
+    equal = True
+    for changes in COMBINATIONS if known.all else [{}]:
+        one_work = argparse.Namespace(**{**vars(known), **changes})
+        trained = "all weights" if one_work.full else "LoRA"
+        lengths = "equal" if one_work.equal else "uneven"
+        print(f"\nvocabulary {one_work.vocabulary}, {trained}, rows of {lengths} length, {known.steps} steps")
+        found = compete(one_work, names)
+        table(found)
+        equal &= judge(one_work, found)
+    return 0 if equal else 1
+
+
+def one(known: argparse.Namespace) -> int:
+    """One contestant, in this process."""
+    import torch
+    from transformers import set_seed
+
+    torch.set_num_threads(1)
+    set_seed(0)
+    print(json.dumps(CONTESTANTS[known.contestant](known)))
     return 0
 
 

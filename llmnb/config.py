@@ -172,6 +172,9 @@ class TrainConfig(_Json):
     )
     prompt_template: str | None = setting(None, help="None: the model's own")
     padding_free: bool = setting(False, help="rows end to end without padding: same rows, steps and loss, less work")
+    cache_rows: bool = setting(
+        True, help="tokenised rows stay in this machine's cache folder; the same documents are not tokenised twice"
+    )
     # method
     method: str = setting("sft", help="'sft' learns what documents say; 'dpo' learns which of two answers is preferred")
     dpo_beta: float = setting(0.1, help="DPO: higher stays nearer to the model it began from")

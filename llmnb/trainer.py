@@ -251,6 +251,7 @@ _WORDS = {
     "use_lora": (True, False),
     "log_to_db": (True, False),
     "padding_free": (True, False),
+    "cache_rows": (True, False),
     "use_rslora": (True, False),
     "use_dora": (True, False),
     "on_ray": (None, True, False),

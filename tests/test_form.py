@@ -138,6 +138,7 @@ MUCH = {
     "warmup_steps": "0.03",
     "bits": "4",
     "padding_free": True,
+    "cache_rows": False,
     "log_to_db": False,
     "deepspeed": '{"zero_optimization": {"stage": 2}}',
     "lr_scheduler_kwargs": '{"num_cycles": 2}',

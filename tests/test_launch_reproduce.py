@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import fake_engine
@@ -10,6 +11,7 @@ import pytest
 from llmnb import LLM, Collection, LLMTrainer, connect
 from llmnb.errors import ConfigError, RunError
 from llmnb.events import Note
+from llmnb.launch import runner
 from llmnb.launch.heart import Heart
 from llmnb.launch.reproducing import Sameness, changed_rows
 
@@ -56,6 +58,34 @@ def test_a_run_again_has_the_same_losses_to_the_last_bit(changes, db, tiny_llama
     assert counts["seed"] == 7 and counts["versions"]["torch"] and counts["device"] == "cpu"
     first = [c.digest for c in run.checkpoints()]
     assert [c.step for c in again.checkpoints()] == [3, 6] and len(first) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.mongod
+def test_the_next_run_takes_the_rows_that_the_first_has_kept(mongo_uri, tiny_llama, tmp_path):
+    home = tmp_path / "home"
+    with contextlib.closing(connect(mongo_uri, home=home)) as db:
+        rows = [{"_id": i, "text": f"{i}+1={i + 1} " * (i % 9 + 1), "odd": i % 2 == 1} for i in range(60)]
+        db.execute(Collection("sums").insert_many(rows))
+        try:
+            settings = {"max_seq_length": 16, "eval_strategy": "steps", "eval_steps": 3, "max_cut_share": 1.0}
+            run = db.apply(model(tiny_llama, tmp_path, **settings), progress=False)
+            again = run.reproduce(wait=False, progress=False)
+            assert again.wait(300).state == "done"
+            assert again.same_as(run).same
+            first, second = run.record["counts"], again.record["counts"]
+            assert (first["rows_cached"], second["rows_cached"]) == (False, True)
+            names = {"rows_digest", "rows", "cut", "tokens", "trained_tokens", "key", "kind", "eval_rows"}
+            assert {n: first[n] for n in names} == {n: second[n] for n in names} and first["cut"]
+            assert "kept in the cache" in said(again) and "kept in the cache" not in said(run)
+            told = [[e.text for e in r.events() if isinstance(e, Note) and e.data.get("rows")] for r in (run, again)]
+            assert told[0] == told[1] != []
+            files = list((home / "cache" / "rows").iterdir())
+            assert len(files) == 2 and {file.stat().st_mode & 0o777 for file in files} == {0o600}
+            db.execute(Collection("sums").update_one({"_id": 1}, {"$set": {"text": "another"}}))
+            assert not run.reproduce(identifier="third", progress=False, wait=True).record["counts"]["rows_cached"]
+        finally:
+            runner.stop(home, patience=2.0)
 
 
 @pytest.fixture

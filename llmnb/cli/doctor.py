@@ -8,6 +8,7 @@ changed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -131,7 +132,12 @@ def _disk(home: str | None) -> Finding:
             "disk", "fault", f"{folder}: {error}", "choose another folder: --home or LLMNB_HOME", needed=True
         )
     todo = "" if free > 2e9 else "checkpoints and the database need room: --home or LLMNB_HOME moves them"
-    return Finding("disk", "fault" if todo else "ok", f"{free / 1e9:.0f} GB free for {folder}", todo)
+    held = ""
+    with contextlib.suppress(OSError):
+        kept = sum(path.stat().st_size for path in (folder / "cache" / "rows").glob("*.rows"))
+        if kept > 5e7:
+            held = f"; {kept / 1e9:.1f} GB of tokenised rows in its cache/rows, which may be deleted"
+    return Finding("disk", "fault" if todo else "ok", f"{free / 1e9:.0f} GB free for {folder}{held}", todo)
 
 
 def _home(home: str | None) -> Path:

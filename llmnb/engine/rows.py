@@ -53,6 +53,7 @@ class Rows(Sequence[dict[str, list[int]]]):
         self._ids, self._trained, self._offsets = ids, trained, offsets
         self.lengths: npt.NDArray[np.int64] = np.diff(offsets)
         self.report = report
+        self._digest: str | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -92,12 +93,18 @@ class Rows(Sequence[dict[str, list[int]]]):
         report = replace(self.report, tokens=len(ids), trained_tokens=int(trained.sum()))
         return Rows(ids, trained, np.cumsum([0, *self.lengths[::count]]), report)
 
+    def parts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        """Where each row begins, (rows + 1,); ids of all rows, (tokens,); which of them carry loss, (tokens,)."""
+        return self._offsets, self._ids, self._trained
+
     def digest(self) -> str:
         """Identifies the rows, their labels and their order: 32 hexadecimal digits."""
-        found = hashlib.blake2b(digest_size=16)  # twice as fast as sha256: 1 s for 200 M tokens
-        for part in (self._offsets, self._ids, self._trained):
-            found.update(np.ascontiguousarray(part).data)
-        return found.hexdigest()
+        if self._digest is None:
+            found = hashlib.blake2b(digest_size=16)  # twice as fast as sha256: 1 s for 200 M tokens
+            for part in self.parts():
+                found.update(np.ascontiguousarray(part).data)
+            self._digest = found.hexdigest()
+        return self._digest
 
     def __repr__(self) -> str:
         return f"Rows({len(self)} rows, {self.report.tokens} tokens, {self.report.trained_tokens} trained)"

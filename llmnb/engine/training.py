@@ -211,7 +211,7 @@ class TrainingRun:
 
     def _rows(self, data: Mapping[str, Source], plan: Plan, transform: Any) -> dict[str, Any]:
         """Rows of every set that this run reads; their counts and notes are said."""
-        from .rows import make_rows
+        from .rowcache import rows_of
 
         self.tokenizer = bases.load_tokenizer(self.spec)
         if self.config.chat_template:
@@ -219,14 +219,15 @@ class TrainingRun:
         self._note(bases.ensure_pad(self.tokenizer, None))
         context = bases.context_of(self.spec)
         evaluates = str(plan.arguments.eval_strategy.value) != "no" or plan.arguments.eval_on_start
-        rows = {}
+        rows, kept = {}, {}
         for name, source in data.items():
             if name != "train" and not evaluates:
                 continue
-            rows[name] = make_rows(
-                source(),
+            rows[name], kept[name] = rows_of(
+                source,
                 self.tokenizer,
                 self.config,
+                keeps=self.main,
                 prompt_template=self.spec.prompt_template,
                 transform=transform,
                 context=context,
@@ -236,8 +237,13 @@ class TrainingRun:
             for note in report.notes:
                 level = "warning" if report.cut or report.dropped else "info"
                 self.hooks.say(Note(level=level, text=note, data={"rows": name}))
+        if kept["train"]:
+            self._note(
+                "The rows are those of an earlier run, kept in the cache: documents, tokenizer and settings agree."
+            )
         report = rows["train"].report
         self.counts.update(
+            rows_cached=kept["train"],
             found=report.found,
             rows=report.used,
             cut=report.cut,

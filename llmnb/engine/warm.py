@@ -27,6 +27,7 @@ MODULES = (
     "safetensors.torch",
     "llmnb.engine.training",
     "llmnb.engine.rows",
+    "llmnb.engine.rowcache",
     "llmnb.engine.loop",
     "llmnb.engine.callbacks",
 )

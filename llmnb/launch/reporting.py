@@ -219,16 +219,18 @@ class Reporter:
 
     def _data(self) -> dict[str, Callable[[], Iterable[Mapping[str, Any]]]]:
         config, store = self.job.config, self.store
+        # Rows stay in a cache on the person's own machine only.
+        source = store.source if self.job.ray_address is None else partial(partial, store.rows)
         select = config.select
         if select is None:
             raise DataError("There is nothing to train on.", todo="LLMTrainer(select=Collection('…').find(), …)")
-        data: dict[str, Callable[[], Iterable[Mapping[str, Any]]]] = {"train": lambda: store.rows(select, fold="train")}
+        data: dict[str, Callable[[], Iterable[Mapping[str, Any]]]] = {"train": source(select, "train")}
         for name, chosen in config.eval_selects.items():
-            data[name] = lambda chosen=chosen: store.rows(chosen)  # type: ignore[misc]
+            data[name] = source(chosen)
         if not config.eval_selects:
             some = self._patiently(lambda: next(iter(store.rows(select, fold="valid", limit=1)), None))
             if some is not None:
-                data["valid"] = lambda: store.rows(select, fold="valid")
+                data["valid"] = source(select, "valid")
         return data
 
     def _move(self, frm: str | Sequence[str], to: str, **fields: Any) -> bool:

@@ -14,7 +14,8 @@ import hashlib
 import json
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -340,6 +341,10 @@ class FolderStore:
                 yield Document(row)
                 if limit and count >= limit:
                     return
+
+    def source(self, select: Select, fold: str | None = None) -> Callable[[], Iterator[Document]]:
+        """``rows`` when it is called."""
+        return partial(self.rows, select, fold)
 
     # -- as a whole ------------------------------------------------------------------------------------------
 

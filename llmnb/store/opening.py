@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .evaluations import Evaluations
 from .events import Events
 from .models import Models
 from .runs import Runs
+from .selections import Selection
 from .settings import Settings
 from .tables import Table, translated
 
@@ -106,6 +108,10 @@ class Store:
     def rows(self, select: Select, fold: str | None = None, limit: int = 0) -> Iterator[Document]:
         """The selected documents, each with its ``_fold`` ("train" or "valid"); those of one fold only when given."""
         return queries.rows(self.database, select, self.safe_uri, self.valid_share, fold, limit)
+
+    def source(self, select: Select, fold: str | None = None) -> Callable[[], Iterator[Document]]:
+        """``rows`` when it is called; a ``Selection``, where the server can be asked for documents undecoded."""
+        return partial(self.rows, select, fold) if self.in_process else Selection(self, select, fold)
 
     @property
     def valid_share(self) -> float:

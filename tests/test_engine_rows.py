@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmnb.config import ModelSpec, TrainConfig
+from llmnb.engine import pieces
 from llmnb.engine.encoding import Encoder
 from llmnb.engine.rows import Collator, infer_key, make_rows, prompt_ids
 from llmnb.errors import ConfigError, DataError
@@ -482,3 +484,59 @@ def test_any_pair_begins_as_it_is_asked_and_trains_its_response(prompt, response
     assert row["input_ids"][: len(asked)] == asked
     assert trained(row, tokenizer) == response.removesuffix("</s>") + "</s>"
     assert row["labels"][len(asked) :] == row["input_ids"][len(asked) :]
+
+
+# -- pieces ---------------------------------------------------------------------------------------------------------
+def faulty(kind, count=200):
+    """Documents of which some cannot be read, some lose their end, and some have no row."""
+    words = WORDS.split()
+    for i in range(count):
+        text, more = words[i % 20], " ".join(words[i % 11 :][: i % 9 + 1])
+        chat = [{"role": "user", "content": text * (20 if i % 31 == 3 else 1)}, {"role": "assistant", "content": more}]
+        held = {
+            "pair": {"prompt": text * (20 if i % 31 == 3 else 1), "response": more if i % 13 else ""},
+            "messages": {"messages": chat if i % 13 else chat[:1]},
+            "dpo": {
+                "prompt": text,
+                "chosen": " ".join([more] * (9 if i % 31 == 3 else 1)),
+                "rejected": more[:-1] if i % 13 else more,
+            },
+        }[kind]
+        yield {"_id": f"d{i}", **(held if i % 17 else {"other": 1})}
+
+
+@pytest.mark.parametrize("kind", ["pair", "messages", "dpo"])
+def test_what_is_counted_does_not_depend_on_what_runs_beside_it(kind, tokenizer, monkeypatch):
+    settings = {"max_seq_length": 24, "max_cut_share": 1.0, "method": "dpo" if kind == "dpo" else "sft"}
+    settings |= {"key": PAIR} if kind == "pair" else {"key": "messages"} if kind == "messages" else {}
+    monkeypatch.setattr(pieces, "_PIECE_ROWS", 7)
+    beside = rows_of(faulty(kind), tokenizer, **settings)
+    done = []
+
+    def one_after_another(found, encode):
+        for piece in found:
+            yield piece, encode(piece.kind, piece.samples) if piece.samples else None
+            done.append(len(piece.samples))
+
+    monkeypatch.setattr("llmnb.engine.rows.ahead", one_after_another)
+    alone = rows_of(faulty(kind), tokenizer, **settings)
+    assert len(done) > 20 and beside.report == alone.report and beside.digest() == alone.digest()
+    assert alone.report.dropped and alone.report.cut and alone.report.skipped
+    monkeypatch.setattr(pieces, "_PIECE_ROWS", 1000)
+    whole = rows_of(faulty(kind), tokenizer, **settings)
+    assert whole.digest() == alone.digest() and whole.report.notes == alone.report.notes
+
+
+def test_what_fails_while_tokenising_is_raised_and_leaves_no_thread(tokenizer, monkeypatch):
+    def fail(self, texts, limit):
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(Encoder, "heads", fail)
+    with pytest.raises(RuntimeError, match="no more"):
+        rows_of(texts(5), tokenizer, key="text")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tokenising")]
+
+
+def test_documents_without_a_row_are_read_in_pieces_too(tokenizer):
+    with pytest.raises(DataError, match="has the field 'text'"):
+        rows_of(({"_id": i, "other": "x"} for i in range(2500)), tokenizer, key="text")

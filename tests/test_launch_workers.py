@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from llmnb import LLM, Collection, LLMTrainer, connect
-from llmnb.config import TrainConfig
+from llmnb.config import ModelSpec, TrainConfig
 from llmnb.errors import ConfigError, MissingPackage, RunError
 from llmnb.events import StateChanged
+from llmnb.job import TrainJob
 from llmnb.launch import cluster, deaths, layout, room, runner, workers
 from llmnb.launch.layout import plan
 from llmnb.launch.spool import read
@@ -383,3 +384,14 @@ def test_a_worker_that_is_killed_is_named(number, rank, said, db, home, tiny_lla
     events = run.events()
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     assert events == read(Path(run.record["workdir"]) / "events.jsonl")
+
+
+def test_ranks_of_one_machine_share_its_cores(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(workers.machine, "cpus", lambda: 8)
+    job = TrainJob("r", ModelSpec(), 1, TrainConfig(), None, "d", "w", workers=4)
+    env = workers._rank_environment(job)
+    assert (env["OMP_NUM_THREADS"], env["RAYON_NUM_THREADS"]) == ("2", "2")
+    monkeypatch.setenv("RAYON_NUM_THREADS", "3")
+    assert workers._rank_environment(job)["RAYON_NUM_THREADS"] == "3"

@@ -16,7 +16,7 @@ from ..errors import ConfigError, DataError, Fault
 from .counts import RowReport
 from .encoding import Ids, Ranges
 from .formats import as_messages, is_sharegpt
-from .rows import Collator, Maker, Rows
+from .rows import Collator, Encoded, Maker, Rows
 from .samples import Reader, Sample, chat_fault, own_fields, type_of, with_tools
 
 __all__ = ["PairCollator", "PairMaker", "PairRows", "PreferenceReader"]
@@ -212,14 +212,13 @@ class PairMaker(Maker):
 
     _sides: list[tuple[str, Ids, Ranges]]
 
-    def add(self, kind: str, piece: Sequence[tuple[str, Sample]], answers: bool) -> None:
+    def sides(self, kind: str, piece: Sequence[tuple[str, Sample]]) -> Sequence[tuple[str, Any]]:
+        named = [(_Name(name), sample) for name, sample in piece]
+        return [(name, value) for name, sample in named for value in (sample.value, sample.rejected)]
+
+    def keep(self, kind: str, encoded: Encoded, answers: bool) -> None:
         self._sides = []
-        sides = [
-            (own, Sample(kind, value))
-            for own, sample in ((_Name(name), sample) for name, sample in piece)
-            for value in (sample.value, sample.rejected)
-        ]
-        super().add(kind, sides, answers)
+        super().keep(kind, encoded, answers)
 
     def _keep(self, name: str, ids: Ids, ranges: Ranges, answers: bool) -> None:
         self._sides.append((name, ids, ranges))

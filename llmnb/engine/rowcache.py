@@ -43,7 +43,7 @@ READ = (  # of TrainConfig, by make_rows; a test finds those that are missing
     "prompt_template",
     "max_cut_share",
 )
-_MAKERS = ("rows", "encoding", "templates", "samples", "formats", "counts", "preferences", "rowcache", "../config")
+_MAKERS = ("rows", "pieces", "encoding", "templates", "samples", "formats", "counts", "preferences")
 _PACKAGES = ("transformers", "tokenizers", "jinja2", "numpy")
 _MAGIC = b"llmnbrw1"
 _LONGEST_HEAD = 1 << 22
@@ -57,7 +57,7 @@ def _sources() -> str | None:
     """Of the modules that make rows, as this process has loaded them: hence when this one is loaded."""
     found = hashlib.blake2b(digest_size=16)
     try:
-        for name in _MAKERS:
+        for name in (*_MAKERS, "rowcache", "../config"):
             found.update((Path(__file__).parent / f"{name}.py").read_bytes())
     except OSError:
         return None  # installed without sources

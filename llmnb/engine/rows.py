@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from ..config import TrainConfig
 from ..errors import ConfigError, DataError, Fault
 from .counts import Counts, RowReport, opening_notes
 from .encoding import Encoder, Ids, Ranges, fill_prompt
+from .pieces import ahead, pieces_of
 from .samples import Reader, Sample, infer_key
 from .templates import Chat, ChatTemplate, chat_ids, prompt_ids, tools_of
 from .watching import Watch
@@ -28,7 +29,6 @@ __all__ = ["Collator", "Maker", "RowReport", "Rows", "chat_ids", "infer_key", "m
 
 NO_LOSS = -100  # torch's ignore_index
 _PEEK = 64  # documents to look at before the first one is read
-_PIECE_ROWS, _PIECE_CHARS = 1000, 1_000_000  # what is tokenised at once
 _CHECKED_CHATS = 32  # chats whose prompt is rendered again and compared
 
 
@@ -142,6 +142,22 @@ class Collator:
         }
 
 
+class Encoded(NamedTuple):
+    """A piece of the documents, tokenised.
+
+    Attributes:
+        names: _ids, one for each value.
+        values: what was tokenised; of a chat that cannot be rendered, the reason.
+        found: what the encoder gave for each value that can.
+        unlike: where a chat does not begin with the prompt that answering would send.
+    """
+
+    names: list[str]
+    values: Sequence[Any]
+    found: Sequence[Any]
+    unlike: Collection[int] = ()
+
+
 class Maker:
     """Collects rows while documents stream by."""
 
@@ -158,16 +174,28 @@ class Maker:
         self._trained: list[npt.NDArray[np.bool_]] = []
         self._lengths: list[npt.NDArray[np.int64]] = []
 
-    def add(self, kind: str, piece: Sequence[tuple[str, Sample]], answers: bool) -> None:
-        """Tokenises a piece of the documents, all of one kind, and keeps the rows."""
-        names = [identifier for identifier, _ in piece]
-        values = [sample.value for _, sample in piece]
+    def sides(self, kind: str, piece: Sequence[tuple[str, Sample]]) -> Sequence[tuple[str, Any]]:
+        """What a row is made of each, with the _id of its document."""
+        return [(identifier, sample.value) for identifier, sample in piece]
+
+    def encode(self, kind: str, piece: Sequence[tuple[str, Sample]]) -> Encoded:
+        """A piece of the documents, all of one kind, tokenised. Counts nothing; pieces come in order.
+
+        Whatever asks the tokenizer is here, because this runs on a thread of its own.
+        """
+        sides = self.sides(kind, piece)
+        names, values = [name for name, _ in sides], [value for _, value in sides]
         if kind == "text":
-            self._texts(names, values)
-        elif kind == "pair":
-            self._pairs(names, values, answers)
-        else:
-            self._chats(names, values, answers)
+            return Encoded(names, values, self.encoder.heads(values, self.counts.limit))
+        if kind == "pair":
+            prompts = [fill_prompt(self.prompt_template, prompt) for prompt, _ in values]
+            responses = [response for _, response in values]
+            return Encoded(names, [*zip(prompts, responses, strict=True)], self.encoder.pairs(prompts, responses))
+        return self._rendered(names, values)
+
+    def keep(self, kind: str, encoded: Encoded, answers: bool) -> None:
+        """Keeps the rows of a piece, and counts."""
+        {"text": self._texts, "pair": self._pairs}.get(kind, self._chats)(encoded, answers)
         self._flush()
 
     def _flush(self) -> None:
@@ -198,16 +226,13 @@ class Maker:
         offsets = np.cumsum(lengths)
         return Rows(ids, trained, offsets, report)
 
-    def _texts(self, names: Sequence[str], texts: Sequence[str]) -> None:
-        for name, raw in zip(names, self.encoder.heads(texts, self.counts.limit), strict=True):
+    def _texts(self, encoded: Encoded, answers: bool) -> None:
+        for name, raw in zip(encoded.names, encoded.found, strict=True):
             ids = self.encoder.end(self.encoder.start(raw)[0])
             self._keep(name, ids, [(0, len(ids))], False)
 
-    def _pairs(self, names: Sequence[str], values: Sequence[tuple[str, str]], answers: bool) -> None:
-        prompts = [fill_prompt(self.prompt_template, prompt) for prompt, _ in values]
-        responses = [response for _, response in values]
-        found = self.encoder.pairs(prompts, responses)
-        for name, prompt, response, (raw, head, split) in zip(names, prompts, responses, found, strict=True):
+    def _pairs(self, encoded: Encoded, answers: bool) -> None:
+        for name, (prompt, response), (raw, head, split) in zip(*encoded[:3], strict=True):
             # Each side by itself: a prompt may be nothing but an EOS, a response nothing but a BOS.
             begun, moved = self.encoder.start(raw[:head])
             ids = begun + self.encoder.end(raw[head:])
@@ -219,25 +244,33 @@ class Maker:
                 self.counts.endless.add(name)
             self._keep(name, ids, [(head + moved if answers else 0, len(ids))], answers)
 
-    def _chats(self, names: Sequence[str], chats: Sequence[list[dict[str, Any]]], answers: bool) -> None:
+    def _rendered(self, names: list[str], chats: Sequence[list[dict[str, Any]]]) -> Encoded:
         if self.template is None:
             self.template = ChatTemplate(self.tokenizer, self.config.chat_template)
             closer = self.template.closer.strip()
             tokens = len(self.encoder.ids(closer)) if closer else 1
             self.counts.long_stop = (closer, tokens) if tokens > 1 else None
+        found = self.template.chats(chats)
+        unlike = set()
+        for at, (messages, chat) in enumerate(zip(chats, found, strict=True)):
+            if self._checked < _CHECKED_CHATS and not isinstance(chat, str) and chat.seams:
+                self._checked += 1
+                if self._asked_otherwise(self.template, messages, chat):
+                    unlike.add(at)
+        good = [chat for chat in found if not isinstance(chat, str)]
+        spans = self.encoder.spans([c.text for c in good], [c.seams for c in good], [c.spans for c in good])
+        return Encoded(names, found, spans, unlike)
+
+    def _chats(self, encoded: Encoded, answers: bool) -> None:
         good: list[tuple[str, Chat]] = []
-        for name, messages, chat in zip(names, chats, self.template.chats(chats), strict=True):
+        for at, (name, chat) in enumerate(zip(encoded.names, encoded.values, strict=True)):
             if isinstance(chat, str):
                 self.counts.skip(name, chat)
                 continue
             good.append((name, chat))
-            if chat.seams and self._checked < _CHECKED_CHATS:
-                self._checked += 1
-                self._check_prompt(name, messages, chat)
-        encoded = self.encoder.spans(
-            [chat.text for _, chat in good], [chat.seams for _, chat in good], [chat.spans for _, chat in good]
-        )
-        for (name, chat), (raw, ranges, split) in zip(good, encoded, strict=True):
+            if at in encoded.unlike:
+                self.counts.unlike.add(name)
+        for (name, chat), (raw, ranges, split) in zip(good, encoded.found, strict=True):
             ids, moved = self.encoder.start(raw)
             if moved:
                 ranges = [(max(begin + moved, 0), max(end + moved, 0)) for begin, end in ranges]
@@ -257,13 +290,13 @@ class Maker:
                 self.counts.split.add(name)
             self._keep(name, ids, ranges, answers)
 
-    def _check_prompt(self, name: str, messages: Sequence[Mapping[str, Any]], chat: Chat) -> None:
-        assert self.template is not None
+    @staticmethod
+    def _asked_otherwise(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], chat: Chat) -> bool:
         last = max(i for i, message in enumerate(messages) if message.get("role") == "assistant")
-        template = self.template.given_tools(tools_of(messages))
-        prompt, _ = template.try_render(messages[:last], prompt=True) if last else (None, "")
-        if prompt is not None and not chat.text.startswith(prompt):
-            self.counts.unlike.add(name)
+        prompt, _ = (
+            template.given_tools(tools_of(messages)).try_render(messages[:last], prompt=True) if last else (None, "")
+        )
+        return prompt is not None and not chat.text.startswith(prompt)
 
     def fit(self, ids: Ids, ranges: Ranges) -> tuple[Ids, Ranges]:
         """What of a row fits. The first token has nothing before it that could predict it, so it carries no loss."""
@@ -345,11 +378,13 @@ def make_rows(
         for found in watch.found.values():
             found.once = prefers
     maker = kind_of_maker(tokenizer, config, template, counts, watch)
-    for piece in _pieces(itertools.chain(peek, stream), reader, counts):
-        kind = reader.kind or "text"
+    for piece, encoded in ahead(pieces_of(itertools.chain(peek, stream), reader, counts), maker.encode):
+        for identifier, reason in piece.skipped:
+            counts.skip(identifier, reason)
         if watch is not None:
-            watch.samples(piece)
-        maker.add(kind, piece, _answers(config.train_on, kind))
+            watch.samples(piece.samples)
+        if piece.samples:
+            maker.keep(piece.kind, encoded, _answers(config.train_on, piece.kind))
     refusal = counts.refusal(reader, config)
     if refusal is not None and watch is None:
         raise refusal
@@ -366,35 +401,3 @@ def _answers(train_on: str | None, kind: str) -> bool:
         todo = "leave it out, or give a (prompt, response) pair or messages as key"
         raise ConfigError([Fault("train_on", "'answers' was asked for, but texts have no answers", todo)])
     return kind != "text" if train_on is None else train_on == "answers"
-
-
-def _pieces(
-    documents: Iterable[Mapping[str, Any]], reader: Reader, counts: Counts
-) -> Iterator[list[tuple[str, Sample]]]:
-    """Samples in pieces that are bounded in rows and in characters."""
-    piece: list[tuple[str, Sample]] = []
-    size = 0
-    for document in documents:
-        identifier = str(document.get("_id", counts.found))
-        counts.found += 1
-        sample = reader.read(document)
-        if isinstance(sample, str):
-            counts.skip(identifier, sample)
-            continue
-        piece.append((identifier, sample))
-        size += _size(sample)
-        if len(piece) >= _PIECE_ROWS or size >= _PIECE_CHARS:
-            yield piece
-            piece, size = [], 0
-    if piece:
-        yield piece
-
-
-def _size(sample: Sample) -> int:
-    return _characters(sample.value) + _characters(sample.rejected)
-
-
-def _characters(value: Any) -> int:
-    if isinstance(value, Mapping):  # a message
-        return len(value.get("content") or "")
-    return sum(map(_characters, value)) if isinstance(value, (tuple, list)) else len(value or "")

@@ -172,8 +172,9 @@ def _rank_environment(job: TrainJob) -> dict[str, str]:
     """What must be set before a rank's process starts. Ray shows it to everyone who may see the cluster: no secrets."""
     env = {"PYTHONPATH": os.environ["PYTHONPATH"]} if os.environ.get("PYTHONPATH") else {}
     if job.ray_address is None:
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(machine.cpus() // job.workers, 1))
-        env["OMP_NUM_THREADS"] = threads
+        share = str(max(machine.cpus() // job.workers, 1))
+        for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):  # torch's, and the tokenizers'
+            env[name] = os.environ.get(name) or share
         if sys.platform == "linux" and "lo" in psutil.net_if_addrs():
             env["GLOO_SOCKET_IFNAME"] = "lo"  # our cluster is this machine: ranks meet on loopback
     return env

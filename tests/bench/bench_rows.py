@@ -30,8 +30,6 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[1])]
-if os.environ.get("TOKENIZERS_PARALLELISM", "true") != "true":
-    print(f"TOKENIZERS_PARALLELISM={os.environ['TOKENIZERS_PARALLELISM']}", file=sys.stderr)
 
 CONTESTANTS = ("ours, first", "ours, second", "datasets.map")
 KINDS = ("pairs", "chats")
@@ -76,7 +74,7 @@ def made(kind: str, passages: list[str], count: int) -> Iterator[dict[str, Any]]
 def ours(known: argparse.Namespace, folder: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
     from llmnb.config import ModelSpec, TrainConfig
     from llmnb.engine import bases
-    from llmnb.engine.rows import make_rows
+    from llmnb.engine.rowcache import rows_of
     from llmnb.query import Collection
     from llmnb.store import open_store
 
@@ -86,7 +84,8 @@ def ours(known: argparse.Namespace, folder: Path) -> tuple[Callable[[], Any], Ca
     select = Collection(known.kind).find()
 
     def work() -> Any:
-        rows = make_rows(store.rows(select, fold="train"), tokenizer, config)
+        rows, kept = rows_of(store.source(select, "train"), tokenizer, config)
+        assert kept == (known.contestant == "ours, second")
         return rows.report.used, rows.report.tokens, rows.digest()
 
     return work, store.close

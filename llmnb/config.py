@@ -14,7 +14,7 @@ from typing import Any
 from . import query
 from .errors import ConfigError, Fault
 
-__all__ = ["DPO_LOSSES", "Frozen", "ModelSpec", "TrainConfig", "freeze_value", "setting"]
+__all__ = ["DPO_LOSSES", "Frozen", "ModelSpec", "TrainConfig", "freeze_value", "setting", "unstreamable"]
 
 
 class Frozen(dict[str, Any]):
@@ -171,6 +171,11 @@ class TrainConfig(_Json):
         "a run refuses to start when more rows than this are left out or lose the end of an answer",
     )
     prompt_template: str | None = setting(None, help="None: the model's own")
+    streaming: bool | None = setting(
+        None,
+        help="documents are read while the run trains: it starts at once, in bounded memory; "
+        "None: from 200,000 documents on, where that can be",
+    )
     padding_free: bool = setting(False, help="rows end to end without padding: same rows, steps and loss, less work")
     cache_rows: bool = setting(
         True, help="tokenised rows stay in this machine's cache folder; the same documents are not tokenised twice"
@@ -213,3 +218,25 @@ class TrainConfig(_Json):
 def unit_of(cls: type, name: str) -> str:
     """The unit of a field, "" when it has none."""
     return str(next(f for f in fields(cls) if f.name == name).metadata.get("unit", ""))
+
+
+def unstreamable(config: Mapping[str, Any], arguments: Mapping[str, Any], task: str = "causal-lm") -> str | None:
+    """Why documents cannot be read while a run trains, by its settings; None when they can.
+
+    Args:
+        config: settings of ``TrainConfig``: method, select.
+        arguments: options of ``TrainingArguments``.
+        task: the model's.
+    """
+    select = config.get("select")
+    if task != "causal-lm":
+        return f"a {task} model must know all labels before it trains"
+    if config.get("method", "sft") != "sft":
+        return "pairs of answers are read before the training"
+    if isinstance(select, query.Select) and select.pipeline is not None:
+        return "what an aggregation gives cannot be read by _id, one after another"
+    if arguments.get("train_sampling_strategy", "random") not in ("random", "sequential"):
+        return f"train_sampling_strategy={arguments['train_sampling_strategy']!r} must know the length of every row"
+    if arguments.get("dataloader_num_workers"):
+        return "dataloader_num_workers are processes of their own, and the documents are read by a thread of this one"
+    return None

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import options
 from .chat_templates import PRESETS
-from .config import DPO_LOSSES, ModelSpec, TrainConfig, thaw
+from .config import DPO_LOSSES, ModelSpec, TrainConfig, thaw, unstreamable
 from .errors import ConfigError, Fault, LlmnbError, near
 from .job import source_text
 from .query import Select
@@ -196,6 +196,7 @@ class LLMTrainer:
             faults.append(Fault("bits", "quantised weights cannot be trained", "set use_lora=True, or leave bits out"))
         faults += _lora_faults(mine, trainer_kwargs)
         faults += _dpo_faults(mine, arguments, trainer_kwargs, model)
+        faults += _streaming_faults(mine, arguments, model)
         if faults:
             raise ConfigError(faults)
         mine["chat_template"] = PRESETS.get(mine.get("chat_template") or "", mine.get("chat_template"))
@@ -252,6 +253,7 @@ _WORDS = {
     "log_to_db": (True, False),
     "padding_free": (True, False),
     "cache_rows": (True, False),
+    "streaming": (None, True, False),
     "use_rslora": (True, False),
     "use_dora": (True, False),
     "on_ray": (None, True, False),
@@ -277,6 +279,12 @@ def _lora_faults(mine: Mapping[str, Any], trainer_kwargs: Mapping[str, Any]) -> 
     if own and mine.get("loraplus_lr_ratio"):
         faults.append(Fault("loraplus_lr_ratio", f"sets the optimizer up, and so does {own[0]}", "give one of them"))
     return faults
+
+
+def _streaming_faults(mine: Mapping[str, Any], arguments: Mapping[str, Any], model: ModelSpec | None) -> list[Fault]:
+    """``streaming=True`` where documents must all be read before the training."""
+    why = unstreamable(mine, arguments, model.task if model is not None else "causal-lm")
+    return [Fault("streaming", f"is not possible: {why}", "leave it out")] if mine.get("streaming") and why else []
 
 
 def _dpo_faults(

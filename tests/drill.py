@@ -54,12 +54,14 @@ class Drill:
     Attributes:
         result: of ``train``; None when it raised.
         counts: said before step 1.
+        recounted: said when rows that are read while they are trained were counted.
         events: metrics and notes.
         saved: one dict for each finished checkpoint; ``files`` are the names in its folder at that time.
     """
 
     result: Any = None
     counts: dict[str, Any] = field(default_factory=dict)
+    recounted: dict[str, Any] = field(default_factory=dict)
     events: list[Any] = field(default_factory=list)
     saved: list[dict[str, Any]] = field(default_factory=list)
 
@@ -117,9 +119,11 @@ def train(
         checkpoint=checkpoint,
         control=control or (lambda: None),
         started=drill.counts.update,
+        counted=drill.recounted.update,
     )
     documents = texts() if documents is None else documents
-    data = {"train": lambda: documents, **{name: (lambda rows=rows: rows) for name, rows in (sets or {}).items()}}
+    source = documents if hasattr(documents, "fetch") else lambda: documents
+    data = {"train": source, **{name: (lambda rows=rows: rows) for name, rows in (sets or {}).items()}}
     given = {
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-2,

@@ -109,6 +109,10 @@ def _train(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     documents = task.pop("documents", 11)
     documents = documents if isinstance(documents, list) else texts(documents)
     resume = task.pop("resume", None)
+    if task.pop("stream", False):
+        from test_engine_streaming import Documents
+
+        documents = Documents(documents)
     drill = train(folder, documents=documents, resume=Path(resume) if resume else None, **task)
     return {
         "error": None,
@@ -119,6 +123,8 @@ def _train(task: dict[str, Any], folder: Path) -> dict[str, Any]:
         "saved": [str(one["folder"]) for one in drill.saved],
         "last_step": drill.result.last_step,
         "counts": drill.counts,
+        "recounted": drill.recounted,
+        "fetched": len(getattr(documents, "asked", ())),
         "seconds": time.perf_counter() - begin,
     }
 

@@ -18,6 +18,8 @@ dpo            TRL's loss over pairs of rows, in the same loop
 inspecting     what a training would see of documents (with ``watching`` and ``looking``)
 templates      chat templates and prompts, for training and for answering
 arguments      the settings of a run → ``transformers.TrainingArguments``
+streaming      rows that are made while they are trained, of documents read a little ahead
+tally          what became of these documents, said when an epoch ends
 order          which rows come when, on how many ranks
 loop           our subclass of ``transformers.Trainer``
 callbacks      what happens between steps: counts, stop, kill, patience

@@ -58,6 +58,10 @@ class RowReport:
     split: int = 0
     limit: int = 0
 
+    def numbers(self) -> dict[str, int]:
+        """What a run keeps of it."""
+        return {name: getattr(self, name) for name in ("found", "cut", "dropped", "tokens", "trained_tokens")}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data: lists instead of tuples."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -83,6 +87,11 @@ class Count:
         self.number += 1
         if len(self.ids) < self.kept:
             self.ids.append(identifier)
+
+    def take_in(self, other: Count) -> None:
+        """Adds another's."""
+        self.number += other.number
+        self.ids = [*self.ids, *other.ids][: self.kept]
 
     def __str__(self) -> str:
         more = ", …" if self.number > _NAMED else ""
@@ -150,6 +159,18 @@ class Counts:
         """A row without a label."""
         self.bare.add(identifier)
         self.dropped.add(identifier)
+
+    def take_in(self, other: Counts) -> None:
+        """Adds what another process counted of other documents."""
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(mine, Count):
+                mine.take_in(theirs)
+            elif f.name in ("found", "rows", "tokens", "trained"):
+                setattr(self, f.name, mine + theirs)
+        for reason, count in other.skipped.items():
+            self.skipped.setdefault(reason, Count(kept=self.kept, once=self.once)).take_in(count)
+        self.long_stop = self.long_stop or other.long_stop
 
     @property
     def unread(self) -> int:

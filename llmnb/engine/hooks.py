@@ -38,6 +38,7 @@ class Hooks:
         read: the counts of the rows and their digest, before the model is loaded. May refuse them by raising.
         started: the counts of the run, once, before step 1: rows, cut, dropped, tokens, steps, trainable,
             parameters, precision, …
+        counted: these counts again, once rows that are read while they are trained were counted. Returns at once.
     """
 
     say: Callable[[Event], None] = _nothing
@@ -45,6 +46,7 @@ class Hooks:
     control: Callable[[], str | None] = _nothing
     read: Callable[[dict[str, Any]], None] = _nothing
     started: Callable[[dict[str, Any]], None] = _nothing
+    counted: Callable[[dict[str, Any]], None] = _nothing
 
 
 @dataclass(frozen=True)

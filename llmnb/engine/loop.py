@@ -104,6 +104,7 @@ class Loop(Trainer):
         self.saved_step: int | None = None
         self.apart = False  # ranks on machines that share no folder
         self.ending = False  # the last on_epoch_end was called
+        self.stream: Any = None  # rows that are read while they are trained: ``streaming.Streamed``
         self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_before = int(resumed.get("tokens", 0))
         self._tokens_logged = 0
@@ -193,6 +194,9 @@ class Loop(Trainer):
         # Wrappers around the sampler do not always pass the epoch on (on several ranks, in a resumed epoch).
         if self.order is not None:
             self.order.set_epoch(int(kwargs["epoch"]))
+        if self.stream is not None:
+            loader = kwargs["train_dataloader"]
+            self.stream.begin(lambda: loader.batch_sampler)
         super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
@@ -200,6 +204,9 @@ class Loop(Trainer):
         for batch in batches:
             mask = batch.get("attention_mask")
             self._tokens += batch["input_ids"].numel() if mask is None else mask.sum()
+        if self.stream is not None and items is not None:
+            # A step of nothing but blank rows has the loss 0, not 0 / 0.
+            items = items.clamp(min=1) if isinstance(items, torch.Tensor) else max(items, 1)
         return batches, items
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:

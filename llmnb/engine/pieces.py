@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from .counts import Counts
 from .samples import Reader, Sample
 
-__all__ = ["Piece", "ahead", "pieces_of"]
+__all__ = ["Piece", "ahead", "pieces_of", "size_of"]
 
 _PIECE_ROWS, _PIECE_CHARS = 1000, 1_000_000  # what is tokenised at once
 
@@ -39,7 +39,7 @@ def pieces_of(documents: Iterable[Mapping[str, Any]], reader: Reader, counts: Co
             skipped.append((identifier, sample))
         else:
             samples.append((identifier, sample))
-            size += _size(sample)
+            size += size_of(sample)
         if max(len(samples), len(skipped)) >= _PIECE_ROWS or size >= _PIECE_CHARS:
             yield Piece(reader.kind or "text", samples, skipped)
             samples, skipped, size = [], [], 0
@@ -69,7 +69,8 @@ def _done(piece: Piece, future: Any) -> tuple[Piece, Any]:
     return piece, None if future is None else future.result()
 
 
-def _size(sample: Sample) -> int:
+def size_of(sample: Sample) -> int:
+    """Characters of a sample, both answers of a preference included."""
     return _characters(sample.value) + _characters(sample.rejected)
 
 

@@ -384,7 +384,7 @@ def make_rows(
         if watch is not None:
             watch.samples(piece.samples)
         if piece.samples:
-            maker.keep(piece.kind, encoded, _answers(config.train_on, piece.kind))
+            maker.keep(piece.kind, encoded, answers_only(config.train_on, piece.kind))
     refusal = counts.refusal(reader, config)
     if refusal is not None and watch is None:
         raise refusal
@@ -393,7 +393,7 @@ def make_rows(
     return maker.rows(counts.report(reader, opening_notes(reader, config, tokenizer, template, context)))
 
 
-def _answers(train_on: str | None, kind: str) -> bool:
+def answers_only(train_on: str | None, kind: str) -> bool:
     """Do only the answers carry loss?"""
     if train_on not in (None, "answers", "all"):
         raise ConfigError([Fault("train_on", f"{train_on!r} is not possible", "'answers' or 'all'")])

@@ -6,6 +6,7 @@ one of several ranks when torch.distributed's environment is set.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -105,6 +106,7 @@ class TrainingRun:
         self.model: Any = None
         self.tokenizer: Any = None
         self.loop: Any = None
+        self.stream: Any = None
         self.principal: Any = None
         self.resume: Path | None = None
         self.main = True
@@ -212,6 +214,7 @@ class TrainingRun:
     def _rows(self, data: Mapping[str, Source], plan: Plan, transform: Any) -> dict[str, Any]:
         """Rows of every set that this run reads; their counts and notes are said."""
         from .rowcache import rows_of
+        from .streaming import is_streamed
 
         self.tokenizer = bases.load_tokenizer(self.spec)
         if self.config.chat_template:
@@ -223,16 +226,11 @@ class TrainingRun:
         for name, source in data.items():
             if name != "train" and not evaluates:
                 continue
-            rows[name], kept[name] = rows_of(
-                source,
-                self.tokenizer,
-                self.config,
-                keeps=self.main,
-                prompt_template=self.spec.prompt_template,
-                transform=transform,
-                context=context,
-                name=name,
-            )
+            more = {"prompt_template": self.spec.prompt_template, "transform": transform, "context": context}
+            if name == "train" and is_streamed(source):
+                rows[name], kept[name] = self._stream(source, plan, more), False
+                continue
+            rows[name], kept[name] = rows_of(source, self.tokenizer, self.config, keeps=self.main, name=name, **more)
             report = rows[name].report
             for note in report.notes:
                 level = "warning" if report.cut or report.dropped else "info"
@@ -242,19 +240,31 @@ class TrainingRun:
                 "The rows are those of an earlier run, kept in the cache: documents, tokenizer and settings agree."
             )
         report = rows["train"].report
-        self.counts.update(
-            rows_cached=kept["train"],
-            found=report.found,
-            rows=report.used,
-            cut=report.cut,
-            dropped=report.dropped,
-            tokens=report.tokens,
-            trained_tokens=report.trained_tokens,
-            key=report.key,
-            kind=report.kind,
-            eval_rows={name: len(found) for name, found in rows.items() if name != "train"},
-        )
+        self.counts.update(rows_cached=kept["train"], key=report.key, kind=report.kind)
+        self.counts["eval_rows"] = {name: len(found) for name, found in rows.items() if name != "train"}
+        if self.stream is None:
+            self.counts.update(report.numbers(), rows=report.used)
         return rows
+
+    def _stream(self, documents: Any, plan: Plan, more: Mapping[str, Any]) -> Any:
+        """Training rows that are read while they are trained; of the first ones it is said what became of them."""
+        from .order import Order
+        from .streaming import HEAD, Streamed
+
+        order = Order(documents, plan.arguments.train_sampling_strategy, _seed(plan))
+        head = list(itertools.islice(order, HEAD))
+        token = self.tokenizer.pad_token_id
+        self.stream = Streamed(documents, self.tokenizer, self.config, blank=token, head=head, **more)
+        report = self.stream.report
+        self.counts.update(streaming=True, found=len(documents), rows=len(documents))
+        self._note(
+            f"Documents are read while the run trains: {len(documents):,}, of which the first {report.found:,} were "
+            "looked at. One that gives no row is a step's blank row, and is counted when it was read."
+        )
+        level = "warning" if report.cut or report.dropped else "info"
+        for note in report.notes:
+            self._note(note, level)
+        return self.stream
 
     def _load(self, plan: Plan) -> list[int]:
         """The base, with a row for every token. Returns ids of tokens that the base did not have."""
@@ -315,6 +325,7 @@ class TrainingRun:
         """The loop around the model."""
         from .callbacks import Patience, Watch
         from .loop import Loop
+        from .tally import Tally
 
         args = plan.arguments
         train, order = _ordered(rows["train"], plan, self.tokenizer)
@@ -340,6 +351,9 @@ class TrainingRun:
             **self._loop_options(),
             **options,
         )
+        if self.stream is not None:
+            self.loop.stream = self.stream
+            self.loop.add_callback(Tally(self.loop, self.stream, self.counts))
         self.watch = Watch(self.loop, self._started, plan.own_logging)
         self.loop.add_callback(self.watch)
         if self.config.early_stopping_patience is not None:
@@ -409,6 +423,8 @@ class TrainingRun:
     def close(self) -> None:
         """Lets go of everything; the memory of a model is free when this returned."""
         loop = self.loop
+        if self.stream is not None:
+            self.stream.close()
         if loop is not None:
             loop.accelerator.free_memory()
             loop.callback_handler.__dict__.update(
@@ -429,6 +445,12 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def _seed(plan: Plan) -> int:
+    """Where the order of the rows begins."""
+    args = plan.arguments
+    return int(args.data_seed if args.data_seed is not None else args.seed)
+
+
 def _ordered(rows: Any, plan: Plan, tokenizer: Any) -> tuple[Any, Any]:
     """The training rows and their order, filled up with blank rows on several ranks."""
     from .order import Filled, Order, blanks_for
@@ -441,7 +463,7 @@ def _ordered(rows: Any, plan: Plan, tokenizer: Any) -> tuple[Any, Any]:
     order = Order(
         rows.lengths,
         args.train_sampling_strategy,
-        args.data_seed if args.data_seed is not None else args.seed,
+        _seed(plan),
         batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         blanks=blanks,
     )

@@ -97,9 +97,10 @@ def _facts(record: Mapping[str, Any], checkpoint: Checkpoint) -> list[tuple[str,
     if counts.get("rows"):
         digest = f", digest {counts['rows_digest']}" if counts.get("rows_digest") else ""
         facts.append(("rows", f"{counts['rows']:,} of kind {counts.get('kind', 'text')}{digest}"))
-        facts.append(("tokens", f"{counts.get('tokens', 0):,}, of them trained {counts.get('trained_tokens', 0):,}"))
-        left = f"{counts.get('dropped', 0):,} documents left out, {counts.get('cut', 0):,} rows cut"
-        facts.append(("left out", left))
+        if "tokens" in counts:  # a run that reads while it trains knows them at the end
+            facts.append(("tokens", f"{counts['tokens']:,}, of them trained {counts.get('trained_tokens', 0):,}"))
+            left = f"{counts.get('dropped', 0):,} documents left out, {counts.get('cut', 0):,} rows cut"
+            facts.append(("left out", left))
     if config is not None:
         facts.append(("longest row", f"{config.max_seq_length:,} tokens"))
         if config.use_lora:

@@ -25,6 +25,7 @@ from .masking import Mask
 from .said import Said
 from .spool import Shipper, Spool, read
 from .storing import Storer
+from .streaming import streamed
 
 if TYPE_CHECKING:
     from ..store import Store
@@ -67,6 +68,7 @@ class Reporter:
         self._on_event = on_event
         self._follower_broke = False
         self._warning: str | None = None
+        self._recount: dict[str, Any] | None = None
         self.mask = Mask([job.uri, getattr(store, "uri", None), job.artifacts, *tokens_of(job)])
         self.folder = own_folder(job.workdir, job.run)
         self.spool: Spool
@@ -127,6 +129,7 @@ class Reporter:
             control=self._control,
             read=self._same,
             started=self._started,
+            counted=self._counted,
         )
         from ..engine.training import train  # heavy, so after everything that can fail quickly
 
@@ -224,12 +227,15 @@ class Reporter:
         select = config.select
         if select is None:
             raise DataError("There is nothing to train on.", todo="LLMTrainer(select=Collection('…').find(), …)")
-        data: dict[str, Callable[[], Iterable[Mapping[str, Any]]]] = {"train": source(select, "train")}
+        folds = streamed(self.job, store, self._patiently)
+        data: dict[str, Callable[[], Iterable[Mapping[str, Any]]]]
+        data = {"train": folds.get("train") or source(select, "train")}
         for name, chosen in config.eval_selects.items():
             data[name] = source(chosen)
         if not config.eval_selects:
-            some = self._patiently(lambda: next(iter(store.rows(select, fold="valid", limit=1)), None))
-            if some is not None:
+            if "valid" in folds:
+                data["valid"] = folds["valid"]
+            elif not folds and self._patiently(lambda: any(True for _ in store.rows(select, fold="valid", limit=1))):
                 data["valid"] = source(select, "valid")
         return data
 
@@ -305,6 +311,9 @@ class Reporter:
         rows = counts.get("rows")
         self.say(Note(text=f"{rows} rows, {steps} steps" if rows is not None else f"{steps} steps", data=counts))
 
+    def _counted(self, counts: dict[str, Any]) -> None:
+        self._recount = counts
+
     def _checkpoint(
         self, folder: Path, step: int, metrics: dict[str, float], kind: str, base_fingerprint: str, best: bool
     ) -> None:
@@ -371,6 +380,13 @@ class Reporter:
         if self._warning is not None:
             self.store.runs.update(self.job.run, warning=self._warning)
             self._warning = None
+        if self._recount is not None:  # rows that were read while they were trained
+            counts, self._recount = self._recount, None
+            try:
+                self.store.runs.update(self.job.run, counts=counts)
+            except DatabaseError:
+                self._recount = counts
+                raise
 
     def _stopping(self, letter: str) -> None:
         """On the heart's thread: a letter came."""

@@ -34,6 +34,8 @@ def fold_of_document(document: Mapping[str, Any], valid_share: float = VALID_SHA
 
 
 def _canonical(value: Any) -> str:
+    if type(value).__name__ == "ObjectId":  # nearly all are; a million of them took four seconds of CPU the long way
+        return f'{{"$oid": "{value}"}}'
     return json.dumps(_plain(value), sort_keys=True, ensure_ascii=True)
 
 

@@ -17,6 +17,7 @@ from pymongo.errors import PyMongoError
 from ..errors import ConnectError, MissingPackage, QueryError
 from ..query import Document, Query, Select
 from . import address, environment, places, queries
+from .addressed import Addressed, addressed
 from .artifacts import Artifacts
 from .chats import Chats
 from .checkpoints import Checkpoints
@@ -112,6 +113,10 @@ class Store:
     def source(self, select: Select, fold: str | None = None) -> Callable[[], Iterator[Document]]:
         """``rows`` when it is called; a ``Selection``, where the server can be asked for documents undecoded."""
         return partial(self.rows, select, fold) if self.in_process else Selection(self, select, fold)
+
+    def addressed(self, select: Select, most: int | None = None) -> dict[str, Addressed]:
+        """The selection by the ``_id`` of its documents, by fold; {} when it has ``most`` documents or fewer."""
+        return addressed(self.database, select, self.safe_uri, self.valid_share, most)
 
     @property
     def valid_share(self) -> float:

@@ -22,7 +22,7 @@ from ..query import Document, Query, Select, Write
 from .folds import fold_of_document
 from .tables import translated
 
-__all__ = ["Cursor", "execute", "from_extended", "rows", "drops_id", "skim"]
+__all__ = ["Cursor", "drops_id", "execute", "find_source", "from_extended", "kept_fields", "rows", "skim"]
 
 _FLAGS = {"i": re.I, "m": re.M, "s": re.S, "x": re.X}
 _OURS = ("llmnb.", "system.")
@@ -285,24 +285,36 @@ def _rows_source(database: Any, select: Select, where: str, fold: str | None, ra
     if select.pipeline is not None:
         _check_ours(select)
         return _aggregate(database[select.collection], select, where, raw), False
-    filter, projection, drop = from_extended(select.filter), _projection(select), drops_id(select)
+    projection, drop = kept_fields(select)
+    with translated(where):
+        return Cursor(find_source(database[select.collection], select, projection, fold, raw), where, raw), drop
+
+
+def kept_fields(select: Select) -> tuple[dict[str, Any] | None, bool]:
+    """The projection of a selection with what its fold needs, and whether ``_id`` is taken out again."""
+    projection = _projection(select)
     if isinstance(projection, list):
         projection = dict.fromkeys(projection or ["_id"], 1)
-    if projection:
-        including = any(_includes(value) for key, value in projection.items() if key != "_id")
-        projection.pop("_id", None)  # the fold needs it; it is taken out again
-        if including:
-            projection["_fold"] = 1
-        else:
-            projection.pop("_fold", None)
-        projection = projection or None
+    if not projection:
+        return projection, False
+    including = any(_includes(value) for key, value in projection.items() if key != "_id")
+    projection.pop("_id", None)  # the fold needs it; it is taken out again
+    if including:
+        projection["_fold"] = 1
+    else:
+        projection.pop("_fold", None)
+    return projection or None, drops_id(select)
+
+
+def find_source(collection: Any, select: Select, projection: Any, fold: str | None = None, raw: bool = False) -> Any:
+    """The driver's cursor over a find, in the order in which its rows are trained."""
+    filter = from_extended(select.filter)
     if fold is not None and not select.limit_to and not select.skip_first:
         # The server leaves out what certainly is of another fold; documents without a fold are hashed here.
         of_fold = {"$or": [{"_fold": fold}, {"_fold": {"$exists": False}}]}
         filter = {"$and": [filter, of_fold]} if filter else of_fold
     ordered = select if select.sort_by else replace(select, sort_by=(("_id", 1),))
-    with translated(where):
-        return Cursor(_find(database[select.collection], filter, projection, ordered, raw), where, raw), drop
+    return _find(collection, filter, projection, ordered, raw)
 
 
 def _includes(value: Any) -> bool:

@@ -176,9 +176,17 @@ class TrainConfig(_Json):
         help="documents are read while the run trains: it starts at once, in bounded memory; "
         "None: from 200,000 documents on, where that can be",
     )
-    padding_free: bool = setting(False, help="rows end to end without padding: same rows, steps and loss, less work")
     cache_rows: bool = setting(
         True, help="tokenised rows stay in this machine's cache folder; the same documents are not tokenised twice"
+    )
+    padding_free: bool | None = setting(
+        None,
+        help="rows end to end without padding: same rows, steps and loss, less work. None: where the model can",
+    )
+    max_tokens_per_batch: int | None = setting(
+        None,
+        "tokens",
+        "without padding: rows of a batch pass the model so many tokens at a time; same loss, less memory; one worker",
     )
     # method
     method: str = setting("sft", help="'sft' learns what documents say; 'dpo' learns which of two answers is preferred")
@@ -190,6 +198,9 @@ class TrainConfig(_Json):
     lora_r: int = setting(8, "rank", "more: more capacity and memory")
     lora_alpha: int = setting(16, help="scale of the update is alpha / r")
     lora_dropout: float = setting(0.05, "probability", "above 0: a little regularisation, slower")
+    fused_lora: bool | None = setting(
+        None, help="LoRA's products in one piece: same gradients, less work. None: where lora_dropout is 0 and no DoRA"
+    )
     lora_target_modules: Any = setting("all-linear", help="module names, or 'all-linear' (without lm_head)")
     lora_bias: str = setting("none", help="'none', 'all' or 'lora_only'")
     use_rslora: bool = setting(False, help="scale of the update is alpha / sqrt(r): high ranks learn as low ones do")

@@ -241,7 +241,9 @@ def model_fault(model_bits: Any, trainer_bits: Any = None) -> Fault | None:
     return None
 
 
-_INTEGERS = {"max_seq_length": 2, "lora_r": 1, "lora_alpha": 1, "num_gpus": 1, "early_stopping_patience": 1}
+_INTEGERS = {"max_seq_length": 2, "lora_r": 1, "lora_alpha": 1, "num_gpus": 1}
+_INTEGERS |= {"early_stopping_patience": 1, "max_tokens_per_batch": 1}
+_OPTIONAL = {"num_gpus", "early_stopping_patience", "max_tokens_per_batch"}
 _SHARES = {"lora_dropout": (0.0, 1.0), "max_cut_share": (0.0, 1.0)}
 _WORDS = {
     "lora_bias": ("none", "all", "lora_only"),
@@ -251,7 +253,8 @@ _WORDS = {
     "dpo_loss_type": DPO_LOSSES,
     "use_lora": (True, False),
     "log_to_db": (True, False),
-    "padding_free": (True, False),
+    "padding_free": (None, True, False),
+    "fused_lora": (None, True, False),
     "cache_rows": (True, False),
     "streaming": (None, True, False),
     "use_rslora": (True, False),
@@ -328,7 +331,7 @@ def _dpo_faults(
 def _own_faults(mine: Mapping[str, Any]) -> list[Fault]:
     faults = []
     for name, value in mine.items():
-        if name in _INTEGERS and not (value is None and name in ("num_gpus", "early_stopping_patience")):
+        if name in _INTEGERS and not (value is None and name in _OPTIONAL):
             if isinstance(value, bool) or not isinstance(value, int) or value < _INTEGERS[name]:
                 faults.append(Fault(name, f"must be a whole number from {_INTEGERS[name]}, not {value!r:.40}"))
         elif name in _SHARES:

@@ -21,13 +21,19 @@ def logits_of(model, ids, places):
         return model(input_ids=torch.tensor([ids]), position_ids=torch.tensor([places]), use_cache=False).logits[0]
 
 
-def observed(folder, *, packed, family="llama", lora=False, base=None, **options):
+def observed(folder, *, packed, family="llama", lora=False, base=None, more=None, **options):
     watched = gradients_of_steps()
     drill = train(
         folder,
         base=base or folder_of(family),
         documents=pairs(11),
-        config={"padding_free": packed, "use_lora": lora, "train_on": "answers"},
+        config={
+            "padding_free": packed,
+            "fused_lora": False if packed is False else None,  # plain: padded, and LoRA by peft
+            "use_lora": lora,
+            "train_on": "answers",
+            **(more or {}),
+        },
         trainer_kwargs={"callbacks": [watched]},
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
@@ -157,3 +163,40 @@ def test_a_classifier_refuses(tmp_path):
             spec={"task": "text-classification"},
             config={"padding_free": True, "key": ("text", "label")},
         )
+
+
+def test_packs_are_on_where_the_model_allows_and_off_when_told(tmp_path, convolutions):
+    unasked, _ = observed(tmp_path / "unasked", packed=None)
+    assert unasked.counts["padding_free"] is True and unasked.counts["chunked_loss"] is True
+    off, _ = observed(tmp_path / "off", packed=False)
+    assert "padding_free" not in off.counts
+    assert unasked.losses() == pytest.approx(off.losses(), abs=1e-5)
+    cannot, _ = observed(tmp_path / "cannot", packed=None, base=convolutions)
+    said = [n for n in cannot.notes if "padding_free is off" in n.text]
+    assert cannot.counts["padding_free"] is False and [n.level for n in said] == ["info"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_batch_in_parts_is_the_same_batch(family, tmp_path):
+    whole, mine = observed(tmp_path / "whole", packed=True, family=family)
+    parts, theirs = observed(tmp_path / "parts", packed=True, family=family, more={"max_tokens_per_batch": 20})
+    assert parts.losses() == pytest.approx(whole.losses(), abs=1e-5)
+    assert torch.allclose(mine[0], theirs[0], atol=1e-5 * float(theirs[0].abs().max()) + 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "parts"),
+    [([3, 4, 2], 9, [9]), ([3, 4, 2], 8, [7, 2]), ([3, 4, 2], 4, [3, 4, 2]), ([3, 9, 2], 4, [3, 9, 2]), ([5], 2, [5])],
+)
+def test_a_pack_is_divided_at_rows(lengths, most, parts):
+    from llmnb.engine.packing import FlatCollator, divide
+
+    pack = FlatCollator()([{"input_ids": [7] * n, "labels": [-100] * n} for n in lengths])
+    found = divide(pack, most)
+    assert [part["input_ids"].shape[1] for part in found] == parts
+    assert torch.equal(torch.cat([part["position_ids"] for part in found], 1), pack["position_ids"])
+
+
+def test_parts_are_told_of_when_there_are_none(tmp_path):
+    drill, _ = observed(tmp_path, packed=False, more={"max_tokens_per_batch": 20})
+    assert [n for n in drill.notes if n.level == "warning" and "max_tokens_per_batch has no effect" in n.text]

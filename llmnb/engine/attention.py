@@ -79,16 +79,16 @@ def _attend(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    lengths = [end - begin for begin, end in itertools.pairwise(_bounds)]
     out = []
-    for begin, end in itertools.pairwise(_bounds):
-        q, k, v = (part[:, :, begin:end] for part in (query, key, value))
-        window = _window(end - begin, sliding_window, query.device)
-        out.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=window, dropout_p=dropout, is_causal=window is None, scale=scaling
-            )
+    # One split, not a slice a row: the gradient of a slice is as large as the pack.
+    for q, k, v in zip(*(part.split(lengths, 2) for part in (query, key, value)), strict=True):
+        window = _window(q.shape[2], sliding_window, query.device)
+        row = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=window, dropout_p=dropout, is_causal=window is None, scale=scaling
         )
-    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+        out.append(row.transpose(1, 2))
+    return torch.cat(out, dim=1), None
 
 
 def _window(length: int, size: int | None, device: torch.device) -> torch.Tensor | None:

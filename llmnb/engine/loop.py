@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..errors import ConfigError, Fault
 from ..events import Metric
-from . import attention, faults, manifest
+from . import attention, faults, manifest, packing
 from .bases import quiet
 from .gathering import bring_together
 from .hooks import Hooks
@@ -62,6 +62,7 @@ class Loop(Trainer):
         resumed: the card of the checkpoint that the run goes on from.
         order: of the training rows; None for Trainer's own.
         train_collator: makes the training batches; None: ``data_collator``, which makes those of evaluations.
+        most_tokens: a pack goes through the model so many tokens at a time, in whole rows; None: at once.
         loraplus: LoRA's B learns so many times faster than A; None: as fast.
         principal: what PiSSA subtracts, ``pissa.Principal``; None without it.
         kwargs: of ``Trainer``.
@@ -80,12 +81,14 @@ class Loop(Trainer):
         resumed: Mapping[str, Any] | None = None,
         order: Order | None = None,
         train_collator: Any = None,
+        most_tokens: int | None = None,
         loraplus: float | None = None,
         principal: Any = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.train_collator, self.loraplus, self.principal = train_collator, loraplus, principal
+        self.train_collator, self.most_tokens = train_collator, most_tokens
+        self.loraplus, self.principal = loraplus, principal
         self.remove_callback(PrinterCallback)
         self.hooks = hooks
         self.card = card
@@ -230,8 +233,13 @@ class Loop(Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with attention.rows(inputs.get("position_ids")):
-            loss = super().training_step(model, inputs, *args, **kwargs)
+        parts = [inputs]
+        if self.most_tokens is not None and self.mean_over_tokens:
+            parts = packing.divide(inputs, self.most_tokens)
+        loss: Any = 0.0
+        for part in parts:
+            with attention.rows(part.get("position_ids")):
+                loss = loss + super().training_step(model, part, *args, **kwargs)
         self._watch.look("loss", loss, self.state.global_step + 1)
         return loss
 

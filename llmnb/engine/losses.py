@@ -3,14 +3,15 @@
 Prompts carry no loss, and a vocabulary is large: most of the logits of a batch are computed to be thrown away. For a
 pack (``packing``) the hidden states of trained tokens are chosen before the output layer, which then runs chunk by
 chunk; the gradient with respect to the hidden states is computed on the way, so logits never exist whole. The method is
-that of Liger's fused linear cross entropy (https://arxiv.org/abs/2410.10989), written with autograd, so that it holds
-for every output layer: tied or not, with a bias, with LoRA on it, with capped or scaled logits.
+that of Liger's fused linear cross entropy (https://arxiv.org/abs/2410.10989). For a plain linear output layer its
+gradient is written out and takes the place of the logits; any other one (quantised, with LoRA on it) goes through
+autograd. Capped and scaled logits are known to both.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,9 +55,9 @@ class HeadLoss(TokenLoss):
         whole = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.head = whole.get_output_embeddings()
         config = whole.config.get_text_config()
-        self._cap = getattr(config, "final_logit_softcapping", None)
-        self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        self._chunk = max(_CHUNK // vocabulary_rows(model), 16)
+        self.cap = getattr(config, "final_logit_softcapping", None)
+        self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        self.chunk = max(_CHUNK // vocabulary_rows(model), 16)
         self._hidden: torch.Tensor | None = None
 
     @contextlib.contextmanager
@@ -93,8 +94,16 @@ class HeadLoss(TokenLoss):
         if hidden.shape[0] != targets.shape[0]:
             raise ValueError(f"{targets.shape[0]} trained tokens, and the output layer was given {hidden.shape[0]}")
         trained = [p for p in self.head.parameters() if p.requires_grad]
-        total = _Chunked.apply(hidden, targets, self.logits, self.smoothing, self._chunk, *trained)
+        pieces: Any = _pieces_by_hand if self._by_hand(hidden) else _pieces
+        total = _Chunked.apply(hidden, targets, self, pieces, *trained)
         return total / (targets.shape[0] if num_items_in_batch is None else num_items_in_batch)
+
+    def _by_hand(self, hidden: torch.Tensor) -> bool:
+        """May the gradient of this output layer be written out? In float32, without label smoothing."""
+        head = self.head
+        plain = type(head) is torch.nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
+        same = plain and hidden.dtype == head.weight.dtype == torch.float32
+        return same and not self.smoothing and not torch.is_autocast_enabled(hidden.device.type)
 
     @property
     def hidden(self) -> torch.Tensor:
@@ -104,8 +113,8 @@ class HeadLoss(TokenLoss):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(tokens, width) to (tokens, vocab), float32."""
-        logits = self.head(hidden).float() * self._scale
-        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+        logits = self.head(hidden).float() * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
 class _Chunked(torch.autograd.Function):
@@ -113,34 +122,76 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        hidden: torch.Tensor,
-        targets: torch.Tensor,
-        logits_of: Callable[[torch.Tensor], torch.Tensor],
-        smoothing: float,
-        chunk: int,
-        *trained: torch.Tensor,
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, loss: HeadLoss, pieces: Any, *trained: torch.Tensor
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         into_hidden = torch.empty_like(hidden)
         into_trained = [torch.zeros_like(p, dtype=torch.float32) for p in trained]
-        for begin in range(0, hidden.shape[0], chunk):
-            piece = slice(begin, begin + chunk)
-            own = hidden[piece].detach().requires_grad_()
-            with torch.enable_grad():
-                logits = logits_of(own)
-                loss = F.cross_entropy(logits, targets[piece], reduction="sum", label_smoothing=smoothing)
-            into_hidden[piece], *more = torch.autograd.grad(loss, [own, *trained])
-            for sum_, part in zip(into_trained, more, strict=True):
-                sum_ += part
-            total += loss.detach()
+        for piece in range(0, hidden.shape[0], loss.chunk):
+            at = slice(piece, piece + loss.chunk)
+            total += pieces(loss, hidden[at].detach(), targets[at], into_hidden[at], trained, into_trained)
         ctx.save_for_backward(into_hidden, *(g.to(p.dtype) for g, p in zip(into_trained, trained, strict=True)))
         return total
 
     @staticmethod
     def backward(ctx: Any, scale: torch.Tensor) -> Any:  # type: ignore[override]
         into_hidden, *into_trained = (gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return into_hidden, None, None, None, None, *into_trained
+        return into_hidden, None, None, None, *into_trained
+
+
+def _pieces(
+    loss: HeadLoss,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    into_hidden: torch.Tensor,
+    trained: Sequence[torch.Tensor],
+    into_trained: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """The summed loss of some tokens, by autograd; writes or adds its gradients to ``into_…``."""
+    own = hidden.requires_grad_()
+    with torch.enable_grad():
+        total = F.cross_entropy(loss.logits(own), targets, reduction="sum", label_smoothing=loss.smoothing)
+    found, *more = torch.autograd.grad(total, [own, *trained])
+    into_hidden.copy_(found)
+    for sum_, part in zip(into_trained, more, strict=True):
+        sum_ += part
+    return total.detach()
+
+
+def _pieces_by_hand(
+    loss: HeadLoss,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    into_hidden: torch.Tensor,
+    trained: Sequence[torch.Tensor],
+    into_trained: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """The same: the logits become their own gradient, softmax less one at the target, in place."""
+    weight, bias = loss.head.weight, loss.head.bias
+    logits = F.linear(hidden, weight, bias)
+    if loss.scale != 1.0:
+        logits.mul_(loss.scale)
+    slope = None
+    if loss.cap is not None:
+        bent = logits.div_(loss.cap).tanh_()
+        slope = 1 - bent * bent
+        logits = bent.mul_(loss.cap)
+    target = targets[:, None]
+    ends = torch.logsumexp(logits, 1, keepdim=True)
+    total = (ends - logits.gather(1, target)).sum()
+    into_logits = logits.sub_(ends).exp_()
+    into_logits.scatter_add_(1, target, torch.full_like(ends, -1.0))
+    if slope is not None:
+        into_logits.mul_(slope)
+    if loss.scale != 1.0:
+        into_logits.mul_(loss.scale)
+    torch.mm(into_logits, weight, out=into_hidden)
+    for parameter, sum_ in zip(trained, into_trained, strict=True):
+        if parameter is weight:
+            sum_.addmm_(into_logits.T, hidden)
+        else:
+            sum_ += into_logits.sum(0)
+    return total
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ so (convolutions and state spaces run on across a seam): it is measured on the v
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from .attention import NAME, rows, suits
 from .bases import quantised_bits, vocabulary_rows
 
-__all__ = ["FlatCollator", "keep_apart", "leak"]
+__all__ = ["FlatCollator", "divide", "keep_apart", "leak"]
 
 # The same products of the same numbers differ by nothing. In 8 bits the columns of outliers are chosen over all tokens.
 MOST_BETWEEN, MOST_BETWEEN_8BIT = 1e-5, 0.05
@@ -36,6 +37,25 @@ class FlatCollator:
             "position_ids": [place for row in batch for place in range(len(row["input_ids"]))],
         }
         return {name: torch.tensor([values], dtype=torch.int64) for name, values in columns.items()}
+
+
+def divide(pack: Mapping[str, Any], most: int) -> list[Mapping[str, Any]]:
+    """A pack in parts of whole rows, each of at most ``most`` tokens or one row; their losses add up to the pack's.
+
+    Args:
+        pack: of ``FlatCollator``; anything else is given back as it is.
+        most: tokens.
+    """
+    places = pack.get("position_ids")
+    if places is None or places.shape[0] != 1 or places.shape[1] <= most:
+        return [pack]
+    starts = (places[0] == 0).nonzero().flatten().tolist()
+    cuts = [0]
+    for start, end in itertools.pairwise([*starts, places.shape[1]]):
+        if end - cuts[-1] > most and start > cuts[-1]:
+            cuts.append(start)
+    bounds = itertools.pairwise([*cuts, places.shape[1]])
+    return [{name: value[:, begin:end] for name, value in pack.items()} for begin, end in bounds]
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from .arguments import Plan, make_plan, trainer_options
 from .explaining import explained
 from .hooks import Hooks, TrainResult
 from .memory import forget, give_back
+from .speedups import fuse_lora, take_chunked_loss, take_packs
 
 __all__ = ["Hooks", "TrainResult", "train"]
 
@@ -181,35 +182,16 @@ class TrainingRun:
         return Collator(self.tokenizer)
 
     def _train_collator(self) -> Any:
-        """Rows end to end when that was asked for and this model keeps them apart; None: as for evaluations."""
-        if not self.config.padding_free:
+        """Rows end to end where this model keeps them apart; None: as for evaluations."""
+        return take_packs(self.model, self.config, self.counts, self._note)
+
+    def _most_tokens(self, args: Any, collator: Any) -> int | None:
+        most = self.config.max_tokens_per_batch
+        why = "batches are padded" if collator is None else "workers must take as many steps" * (args.world_size > 1)
+        if most is not None and why:
+            self._note(f"max_tokens_per_batch has no effect: {why}.", "warning")
             return None
-        from transformers.integrations import is_deepspeed_zero3_enabled
-
-        from .packing import FlatCollator, keep_apart
-
-        why: str | None = "ZeRO-3 takes the model apart before it can be seen whether rows are kept apart in it"
-        if self.config.arguments.get("neftune_noise_alpha"):
-            why = "NEFTune's noise depends on how long a row of the batch is"
-        elif not is_deepspeed_zero3_enabled():
-            why = keep_apart(self.model)
-        if why is None:
-            self.counts["padding_free"] = True
-            return FlatCollator()
-        self.counts["padding_free"] = False
-        self._note(f"padding_free is off: {why}. Batches are padded.", "warning")
-        return None
-
-    def _take_chunked_loss(self, options: dict[str, Any], args: Any) -> None:
-        """In packs the loss is computed without whole logits, where that gives the same and nobody has another."""
-        from .losses import HeadLoss, agrees
-
-        if "compute_loss_func" in options or getattr(self.model.config, "output_router_logits", False) or args.fsdp:
-            return  # FSDP holds a part of the output layer only
-        loss = HeadLoss(self.model, args.label_smoothing_factor)
-        self.counts["chunked_loss"] = agrees(self.model, loss)
-        if self.counts["chunked_loss"]:
-            options["compute_loss_func"] = loss
+        return most
 
     def _rows(self, data: Mapping[str, Source], plan: Plan, transform: Any) -> dict[str, Any]:
         """Rows of every set that this run reads; their counts and notes are said."""
@@ -306,6 +288,7 @@ class TrainingRun:
             if plan.arguments.activation_checkpointing:
                 # With a frozen base nothing that enters a checkpointed layer needs a gradient, and none would come out.
                 self.model.get_base_model().enable_input_require_grads()
+            fuse_lora(self.model, config, plan.arguments, self.counts, self._note)
         asked = bases.dtype_of(self.spec) if not config.use_lora else None
         if asked is not None and plan.precision == "float16" and str(asked) == "torch.float16":
             raise ConfigError([Fault("fp16", "with weights in float16 has no float32 copy to step", "leave dtype out")])
@@ -331,7 +314,7 @@ class TrainingRun:
         train, order = _ordered(rows["train"], plan, self.tokenizer)
         collator = self._train_collator()
         if collator is not None:
-            self._take_chunked_loss(options, args)
+            take_chunked_loss(self.model, args, options, self.counts)
         if callable(options.get("optimizers")):
             options["optimizers"] = options["optimizers"](self.model)
         self.loop = (self.loop_class or Loop)(
@@ -339,6 +322,7 @@ class TrainingRun:
             args=args,
             data_collator=self._collator(),
             train_collator=collator,
+            most_tokens=self._most_tokens(args, collator),
             train_dataset=train,
             eval_dataset=_evaluated(rows, plan, self.tokenizer, "compute_metrics" in options),
             processing_class=self.tokenizer,

@@ -736,3 +736,23 @@ def test_the_order_is_the_one_of_trainer(tmp_path):
         ours.set_epoch(epoch)
         theirs.set_epoch(epoch)
         assert list(ours) == list(theirs)
+
+
+def test_a_long_run_keeps_few_logs_and_says_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmnb.engine.loop._KEPT_LOGS", 3)
+    drill = train(
+        tmp_path,
+        documents=pairs(8),
+        sets={"valid": pairs(4)},
+        max_steps=12,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=12,
+    )
+    assert len(drill.losses()) == 12
+    kept = json.loads((drill.last / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in kept if "eval_loss" in entry] == [2, 4, 6, 8, 10, 12]
+    assert len([entry for entry in kept if "loss" in entry]) <= 6
+    assert drill.result.metrics["eval_loss"] == kept[-1]["eval_loss"]

@@ -34,6 +34,10 @@ from .sharding import check_shared, keep_trained, share_on_cpus
 
 __all__ = ["Loop", "counts_tokens"]
 
+# Of Trainer's own list of logs, 600 bytes each. A run that goes on elsewhere tells from it what the database had not
+# heard when the checkpoint was taken.
+_KEPT_LOGS = 5_000
+
 
 def counts_tokens(model: Any) -> bool:
     """Does this model divide its loss by ``num_items_in_batch``?
@@ -271,12 +275,21 @@ class Loop(Trainer):
             self._tokens_logged = tokens - self.tokens_before
             self._window, self._away = time.perf_counter(), 0.0
         super().log(logs, start_time)
+        self._forget_old_logs()
         if not self.is_world_process_zero() or summary:
             return
         values = manifest.numbers(logs)
         self.hooks.say(Metric(step=self.state.global_step, epoch=self.state.epoch, values=values))
         for note in self._watch.notes(self.args, self.state):
             self.hooks.say(note)
+
+    def _forget_old_logs(self) -> None:
+        """Trainer keeps every log, and writes all of them with each checkpoint; the database has them already."""
+        history = self.state.log_history
+        if len(history) > 2 * _KEPT_LOGS:
+            old, new = history[:-_KEPT_LOGS], history[-_KEPT_LOGS:]
+            # Evaluations are few, and say which checkpoint was best.
+            history[:] = [entry for entry in old if any(name.startswith("eval_") for name in entry)] + new
 
     # --- evaluation -----------------------------------------------------------------------------------------
 

@@ -389,6 +389,25 @@ def test_trap20_best_is_among_the_saved(tmp_path):
     assert [saved["best"] for saved in run.saved] == [True, False]
 
 
+def test_trap20_the_best_of_the_saved_is_spared_where_the_best_of_all_was_not_saved(tmp_path):
+    run = train(
+        tmp_path,
+        sets={"valid": texts(4)},
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+        save_total_limit=1,
+        trainer_kwargs={"compute_metrics": scripted([0.9, 0.5, 0.4, 0.3, 0.2, 0.1])},
+    )
+    assert run.result.best_step == 2
+    assert (tmp_path / "checkpoints" / "checkpoint-2").is_dir()
+
+
 def test_lower_loss_is_better(tmp_path):
     run = train(
         tmp_path, sets={"valid": texts(6)}, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps",

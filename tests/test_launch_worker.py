@@ -92,7 +92,7 @@ def test_a_run_goes_from_queued_to_done(store, tmp_path, engine):
     assert run.wait(1) is run
 
 
-def test_the_limit_keeps_the_best_and_the_newest(store, tmp_path, engine):
+def test_trap20_the_limit_keeps_the_best_and_the_newest(store, tmp_path, engine):
     job = make_job(
         store,
         tmp_path,

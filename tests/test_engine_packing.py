@@ -200,3 +200,55 @@ def test_a_pack_is_divided_at_rows(lengths, most, parts):
 def test_parts_are_told_of_when_there_are_none(tmp_path):
     drill, _ = observed(tmp_path, packed=False, more={"max_tokens_per_batch": 20})
     assert [n for n in drill.notes if n.level == "warning" and "max_tokens_per_batch has no effect" in n.text]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("window", [None, 3])
+def test_all_rows_at_once_on_a_gpu_are_the_rows_one_by_one(window):
+    """Outputs and gradients of ``varlen_attn``, fewer key-value heads than heads, against the loop over rows."""
+    from llmnb.engine import attention
+
+    torch.manual_seed(0)
+    places = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 0, 1, 2]], device="cuda")
+    made = [torch.randn(1, heads, 10, 16, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    found = []
+    for kind in (torch.bfloat16, torch.float32):
+        given = [part.to(kind).requires_grad_() for part in made]
+        with attention.rows(places):
+            out, _ = attention._attend(torch.nn.Module(), *given, None, sliding_window=window)
+        out.float().pow(2).sum().backward()
+        found.append([out.float(), *(part.grad.float() for part in given)])
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.allclose(mine, theirs, atol=0.05, rtol=0.05)
+
+
+def test_all_rows_at_once_asks_for_the_rows_as_they_are(monkeypatch):
+    """What ``varlen_attn`` is asked for; a reference in its place answers, for it runs on GPUs only."""
+    from torch.nn.attention import varlen
+
+    from llmnb.engine import attention
+
+    def reference(query, key, value, ends, ends_too, longest, longest_too, *, scale, window_size, enable_gqa):
+        assert enable_gqa and longest == longest_too == 5 and ends.tolist() == ends_too.tolist() == [0, 5, 7, 10]
+        assert ends.dtype == torch.int32 and window_size[1] == 0
+        out = []
+        for begin, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+            q, k, v = (part[begin:end].transpose(0, 1)[None] for part in (query, key, value))
+            at = torch.arange(end - begin)
+            back = at[:, None] - at[None, :]
+            seen = (back >= 0) & (back <= (window_size[0] if window_size[0] >= 0 else 99))
+            row = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, scale=scale, enable_gqa=True
+            )
+            out.append(row[0].transpose(0, 1))
+        return torch.cat(out)
+
+    monkeypatch.setattr(varlen, "varlen_attn", reference)
+    torch.manual_seed(0)
+    made = [torch.randn(1, heads, 10, 16) for heads in (4, 2, 2)]
+    for window in (None, 3):
+        with attention.rows(torch.tensor([[0, 1, 2, 3, 4, 0, 1, 0, 1, 2]])):
+            one_by_one, _ = attention._attend(torch.nn.Module(), *made, None, sliding_window=window)
+            at_once = attention._at_once(*made, None, window)
+        assert torch.allclose(at_once, one_by_one, atol=1e-6)

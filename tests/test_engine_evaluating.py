@@ -181,7 +181,7 @@ def test_the_worst_row_is_the_worst(spec, tuned):
 
 
 def test_chats_are_asked_for_their_last_answer(spec, tmp_path):
-    run = train(tmp_path, documents=chats(16), max_steps=40, per_device_train_batch_size=4, learning_rate=2e-2)
+    run = train(tmp_path, documents=chats(16), max_steps=60, per_device_train_batch_size=4, learning_rate=1e-2)
     config = TrainConfig(key="messages", max_seq_length=128)
     found = measured(asked(spec, config, run=run.last), chats(4))
     assert found["run"].metrics["exact_match"] == 1.0 and found["base"].metrics["exact_match"] == 0.0

@@ -30,8 +30,8 @@ def tuned(tmp_path_factory):
         tmp_path_factory.mktemp("tuned"),
         documents=chats(16),
         per_device_train_batch_size=4,
-        max_steps=40,
-        learning_rate=2e-2,
+        max_steps=60,
+        learning_rate=1e-2,
         lr_scheduler_type="linear",
     )
     return run.last

@@ -347,18 +347,23 @@ def scripted(values: list[float]):
     return lambda prediction: {"score": next(rest)}
 
 
+BY_SCORE: dict = {
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "score",
+    "greater_is_better": True,
+}
+
+
 def test_trap20_best_checkpoint_with_peft(tmp_path):
     run = train(
         tmp_path,
         sets={"valid": texts(4)},
         max_steps=8,
-        save_strategy="steps",
-        save_steps=2,
-        eval_strategy="steps",
+        **BY_SCORE,
         eval_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-        greater_is_better=True,
         save_total_limit=1,
         trainer_kwargs={"compute_metrics": scripted([0.1, 0.9, 0.3, 0.2])},
     )
@@ -376,13 +381,8 @@ def test_trap20_best_is_among_the_saved(tmp_path):
         tmp_path,
         sets={"valid": texts(4)},
         max_steps=4,
-        save_strategy="steps",
-        save_steps=2,
-        eval_strategy="steps",
+        **BY_SCORE,
         eval_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-        greater_is_better=True,
         trainer_kwargs={"compute_metrics": scripted([0.1, 0.5, 0.9, 0.2])},
     )
     assert run.result.best_step == 2
@@ -394,13 +394,8 @@ def test_trap20_the_best_of_the_saved_is_spared_where_the_best_of_all_was_not_sa
         tmp_path,
         sets={"valid": texts(4)},
         max_steps=6,
-        save_strategy="steps",
-        save_steps=2,
-        eval_strategy="steps",
+        **BY_SCORE,
         eval_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-        greater_is_better=True,
         save_total_limit=1,
         trainer_kwargs={"compute_metrics": scripted([0.9, 0.5, 0.4, 0.3, 0.2, 0.1])},
     )

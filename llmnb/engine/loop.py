@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from ..errors import ConfigError, Fault
@@ -31,6 +32,7 @@ from .losses import HeadLoss, TokenLoss
 from .memory import memory_in_use
 from .order import Order
 from .sharding import check_shared, keep_trained, share_on_cpus
+from .snapshots import Writer
 
 __all__ = ["Loop", "counts_tokens"]
 
@@ -109,6 +111,7 @@ class Loop(Trainer):
         self.best: tuple[float, int] | None = (best["value"], best["step"]) if best else None
         self.patience = dict(resumed.get("patience") or {})
         self.saved_step: int | None = None
+        self.writer = Writer()
         self.apart = False  # ranks on machines that share no folder
         self.ending = False  # the last on_epoch_end was called
         self.stream: Any = None  # rows that are read while they are trained: ``streaming.Streamed``
@@ -358,22 +361,27 @@ class Loop(Trainer):
             kept = folder.with_name(f"checkpoint-{self.best[1]}")
             self.state.best_model_checkpoint = str(kept) if best or kept.is_dir() else None
         tokens, open_loss, summed = self.tokens(), self._window_loss(), self.window()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.world_size > 1:
-            self.apart = bring_together(folder, self.args.device)
-        self.saved_step = step
-        if self.is_world_process_zero():
-            card = {**self.card, "step": step, "tokens": tokens, "patience": self.patience}
-            if self._globalstep_last_logged != step:
-                card["window"] = {"loss": open_loss, "since": self._globalstep_last_logged, **summed}
-            if self.best is not None:
-                card["best"] = {"value": self.best[0], "step": self.best[1]}
-            manifest.write(folder, card)
-            self.hooks.checkpoint(folder, step, metrics, self.card["kind"], self.card["base_fingerprint"], best)
+        with self.writer.taking(self), contextlib.ExitStack() as undo:
+            self.state.save_to_json = functools.partial(self.writer.state, self.state)
+            undo.callback(self.state.__dict__.pop, "save_to_json")
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.world_size > 1:
+                self.apart = bring_together(folder, self.args.device)
+            self.saved_step = step
+            if self.is_world_process_zero():
+                card = {**self.card, "step": step, "tokens": tokens, "patience": dict(self.patience)}
+                if self._globalstep_last_logged != step:
+                    card["window"] = {"loss": open_loss, "since": self._globalstep_last_logged, **summed}
+                if self.best is not None:
+                    card["best"] = {"value": self.best[0], "step": self.best[1]}
+                self.writer.later(manifest.write, folder, card)
+                facts = folder, step, metrics, self.card["kind"], self.card["base_fingerprint"], best
+                self.writer.later(self.hooks.checkpoint, *facts)
         self._away += time.perf_counter() - start
 
     def _load_best_model(self) -> None:
+        self.writer.wait()
         if self.apart:  # only rank 0 could read it, and the ranks would load together
             return
         if self.principal is None:
@@ -388,6 +396,10 @@ class Loop(Trainer):
             self.principal.load(self.model, Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.writer.open:
+            for part, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+                self.writer.tensors(part.state_dict(), Path(output_dir) / name)
+            return
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.fsdp and self.is_world_process_zero() and hasattr(self.model, "peft_config"):
             keep_trained(Path(output_dir), self.model)
@@ -405,9 +417,13 @@ class Loop(Trainer):
                 # "auto" asks the hub about the base at every save, and stores whole embeddings that were only grown.
                 own = self.model.save_pretrained
                 # An adapter that is compared with is not part of what was trained.
-                options = {"save_embedding_layers": False, "selected_adapters": ["default"]}
-                self.model.save_pretrained = functools.partial(own, **options)
+                options: Any = {"save_embedding_layers": False, "selected_adapters": ["default"]}
+                self.model.save_pretrained = functools.partial(self.writer.adapter, self.model, own, **options)
                 undo.callback(self.model.__dict__.pop, "save_pretrained", None)
+            if self.writer.open:
+                own = self.processing_class.save_pretrained
+                self.processing_class.save_pretrained = functools.partial(self.writer.later, own)
+                undo.callback(self.processing_class.__dict__.pop, "save_pretrained")
             undo.enter_context(quiet())
             super()._save(output_dir, state_dict)
             if self.principal is not None and self.is_world_process_zero():  # DeepSpeed has all ranks come here

@@ -388,6 +388,8 @@ class TrainingRun:
             self.watch.stopped = True
         except Finished:
             pass
+        finally:
+            loop.writer.wait()
         state = loop.state
         metrics = {name: float(value) for name, value in summary.items()}
         metrics.setdefault("train_runtime", time.perf_counter() - begin)

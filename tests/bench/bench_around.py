@@ -51,36 +51,30 @@ def told(what: str, values: list[float], unit: str, goal: str = "") -> None:
 
 
 def stamps(path: str) -> Any:
-    """A callback that writes to ``path`` when the steps ended and checkpoints were written: wall, CPU."""
+    """A callback that writes to ``path`` when the steps ended (wall, CPU), and the time between steps, by step."""
     from transformers import TrainerCallback
 
     class Stamps(TrainerCallback):
         def __init__(self) -> None:
             self.ends: list[tuple[float, float]] = []
-            self.held: list[float] = []
-            self.began = 0.0
+            self.between: dict[int, float] = {}
+
+        def on_step_begin(self, args: Any, state: Any, *more: Any, **others: Any) -> None:
+            import time
+
+            if self.ends:
+                self.between[state.global_step] = time.perf_counter() - self.ends[-1][0]
 
         def on_step_end(self, *args: Any, **more: Any) -> None:
             import time
 
             self.ends.append((time.perf_counter(), time.process_time()))
-            self.began = self.ends[-1][0]
-
-        def on_log(self, *args: Any, **more: Any) -> None:
-            import time
-
-            self.began = time.perf_counter()
-
-        def on_save(self, *args: Any, **more: Any) -> None:
-            import time
-
-            self.held.append(time.perf_counter() - self.began)
 
         def on_train_end(self, *args: Any, **more: Any) -> None:
             import json
             from pathlib import Path
 
-            Path(path).write_text(json.dumps({"ends": self.ends, "held": self.held}))
+            Path(path).write_text(json.dumps({"ends": self.ends, "between": self.between}))
 
     return Stamps()
 
@@ -252,8 +246,10 @@ def checkpoint(uri: str, home: Path, known: argparse.Namespace) -> None:
     held: list[float] = []
     try:
         for _ in range(known.rounds):
-            seen = apply(uri, home, base, rank=96, **arguments(12, save_steps=2, logging_steps=100))
-            held += [seconds * 1e3 for seconds in seen["held"][1:-1]]
+            seen = apply(uri, home, base, rank=96, **arguments(40, save_steps=8, logging_steps=100))
+            between = {int(step): seconds * 1e3 for step, seconds in seen["between"].items()}
+            quiet = statistics.median([ms for step, ms in between.items() if step % 8])
+            held += [ms - quiet for step, ms in between.items() if step % 8 == 0]
     finally:
         runner.stop(home, patience=5.0)
     with open_store(uri, home=home) as store:

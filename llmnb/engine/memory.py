@@ -10,9 +10,13 @@ import contextlib
 import gc
 import os
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["forget", "give_back", "memory_in_use"]
+__all__ = ["forget", "give_back", "kept_pages", "memory_in_use"]
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3), malloc.h
+_GLIBC_MOST = 1 << 25  # what glibc's own threshold grows to; it trims at twice that
 
 
 def memory_in_use(device: Any) -> int:
@@ -57,10 +61,38 @@ def give_back() -> None:
     _trim()
 
 
-def _trim() -> None:
-    """Freed heap goes back to the system; glibc keeps it otherwise."""
+def _libc() -> Any:
     import ctypes
     import ctypes.util
 
+    return ctypes.CDLL(ctypes.util.find_library("c"))
+
+
+def _trim() -> None:
+    """Freed heap goes back to the system; glibc keeps it otherwise."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)
+        _libc().malloc_trim(0)
+
+
+@contextlib.contextmanager
+def kept_pages(device: Any) -> Iterator[None]:
+    """On the CPU, memory that is freed meanwhile stays with the process; ``give_back`` returns it.
+
+    Each step asks for the tensors of the last one again, and glibc would have the kernel clear every page of them anew.
+    Other C libraries are left as they are.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    _set_thresholds(1 << 30, 1 << 30)
+    try:
+        yield
+    finally:
+        _set_thresholds(_GLIBC_MOST, 2 * _GLIBC_MOST)
+
+
+def _set_thresholds(mmap: int, trim: int) -> None:
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = _libc()
+        libc.mallopt(_MMAP_THRESHOLD, mmap)
+        libc.mallopt(_TRIM_THRESHOLD, trim)

@@ -20,7 +20,7 @@ from . import adapters, bases, manifest
 from .arguments import Plan, make_plan, trainer_options
 from .explaining import explained
 from .hooks import Hooks, TrainResult
-from .memory import forget, give_back
+from .memory import forget, give_back, kept_pages
 from .speedups import fuse_lora, take_chunked_loss, take_packs
 
 __all__ = ["Hooks", "TrainResult", "train"]
@@ -383,7 +383,8 @@ class TrainingRun:
         loop, begin = self.loop, time.perf_counter()
         summary: dict[str, float] = {}
         try:
-            summary = dict(loop.train(resume_from_checkpoint=str(resume) if resume else None).metrics)
+            with kept_pages(loop.args.device):
+                summary = dict(loop.train(resume_from_checkpoint=str(resume) if resume else None).metrics)
         except Killed:
             self.watch.stopped = True
         except Finished:

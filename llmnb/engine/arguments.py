@@ -16,6 +16,7 @@ from typing import Any
 from ..config import TrainConfig, thaw
 from ..errors import ConfigError, DataError, Fault, RunError, near
 from ..events import Event, Note
+from .speedups import take_kernels
 
 __all__ = ["Plan", "make_plan", "trainer_options"]
 
@@ -79,6 +80,7 @@ def make_plan(config: TrainConfig, output: Path, *, eval_names: tuple[str, ...],
             given.setdefault(new, given.pop(old))
     cuda = torch.cuda.is_available() and not given.get("use_cpu")
     precision = _precision(given, cuda, say, by_default=config.deepspeed is None)
+    take_kernels(given, cuda)
     _evaluation(given, config, eval_names)
     own_logging = "logging_steps" not in given and given.get("logging_strategy", "steps") == "steps"
     values = {

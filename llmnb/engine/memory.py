@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["forget", "give_back", "kept_pages", "memory_in_use"]
+__all__ = ["forget", "give_back", "kept_pages", "memory_in_use", "memory_of"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3), malloc.h
 _GLIBC_MOST = 1 << 25  # what glibc's own threshold grows to; it trims at twice that
@@ -34,6 +34,13 @@ def memory_in_use(device: Any) -> int:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_of(device: Any) -> int | None:
+    """Bytes that a GPU has; None for anything else."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
 
 
 def forget(error: BaseException) -> None:

@@ -1,4 +1,5 @@
-"""What makes a step cheaper, chosen for the model at hand: packs, the loss in chunks, LoRA in one piece.
+"""What makes a step cheaper, chosen for the model at hand: packs, the loss in chunks, LoRA in one piece; on a GPU
+Liger's kernels where they are installed, and a paged optimizer where another would not fit.
 
 Each of them gives the loss and the gradients of the plain way, so each is on wherever that was seen to hold on this
 very model, and off elsewhere; a run's counts say which (``padding_free``, ``chunked_loss``, ``fused_lora``). Who asks
@@ -7,14 +8,63 @@ for one by name is told why it cannot be; who does not, is told too, in fewer wo
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 from ..config import TrainConfig
 
-__all__ = ["fuse_lora", "take_chunked_loss", "take_packs"]
+__all__ = ["fuse_lora", "take_chunked_loss", "take_kernels", "take_optimizer", "take_packs"]
 
 Say = Callable[[str, str], None]
+# The loss is ours: it takes trained tokens only, which Liger's does not.
+_LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+_PAGED = "paged_adamw_8bit"
+# Bytes for each weight that is trained in float32: itself, its gradient, AdamW's two moments.
+_ADAMW_BYTES = 16
+_ROOM = 0.8  # of a GPU's memory; activations want the rest
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def take_kernels(given: dict[str, Any], cuda: bool) -> None:
+    """On a GPU, Liger's kernels for norms, rotations and gates (https://arxiv.org/abs/2410.10989), where installed.
+
+    Args:
+        given: TrainingArguments by name; what the person said of ``use_liger_kernel`` stands.
+        cuda: the run has a GPU.
+    """
+    if given.get("use_liger_kernel") is None and cuda and _installed("liger_kernel"):
+        given["use_liger_kernel"] = True
+    if given.get("use_liger_kernel"):
+        given.setdefault("liger_kernel_config", dict(_LIGER))
+
+
+def take_optimizer(args: Any, config: TrainConfig, trainable: int, memory: int | None, say: Say) -> None:
+    """AdamW in 8 bits with pages in the host's memory, where AdamW itself would not fit the GPU.
+
+    Args:
+        args: of the trainer; ``optim`` is set.
+        config: the person's own ``optim`` stands; so does what DeepSpeed and FSDP share out.
+        trainable: weights that are trained.
+        memory: bytes of the GPU; None without one.
+        say: takes a text and a level.
+    """
+    needed = trainable * _ADAMW_BYTES
+    if memory is None or needed <= _ROOM * memory or config.arguments.get("optim") or config.deepspeed or args.fsdp:
+        return
+    if not _installed("bitsandbytes"):
+        return
+    from transformers.training_args import OptimizerNames
+
+    args.optim = OptimizerNames(_PAGED)
+    say(
+        f"The optimizer is {_PAGED}: with AdamW in 32 bits, weights, gradients and moments need {needed / 1e9:.0f} GB, "
+        f"and this GPU has {memory / 1e9:.0f}. optim='adamw_torch' has it otherwise.",
+        "warning",
+    )
 
 
 def take_packs(model: Any, config: TrainConfig, counts: dict[str, Any], say: Say) -> Any:

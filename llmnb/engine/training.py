@@ -20,8 +20,8 @@ from . import adapters, bases, manifest
 from .arguments import Plan, make_plan, trainer_options
 from .explaining import explained
 from .hooks import Hooks, TrainResult
-from .memory import forget, give_back, kept_pages
-from .speedups import fuse_lora, take_chunked_loss, take_packs
+from .memory import forget, give_back, kept_pages, memory_of
+from .speedups import fuse_lora, take_chunked_loss, take_optimizer, take_packs
 
 __all__ = ["Hooks", "TrainResult", "train"]
 
@@ -294,7 +294,11 @@ class TrainingRun:
             raise ConfigError([Fault("fp16", "with weights in float16 has no float32 copy to step", "leave dtype out")])
         trained = adapters.check_dtypes(self.model, allow=asked)
         trainable, parameters = adapters.count_parameters(self.model)
+        args = plan.arguments
+        take_optimizer(args, config, trainable, memory_of(args.device), self._note)
         self.counts.update(
+            optimizer=str(args.optim.value),
+            liger=bool(args.use_liger_kernel),
             trainable=trainable,
             parameters=parameters,
             precision=plan.precision,

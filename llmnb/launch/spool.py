@@ -117,7 +117,8 @@ class Spool:
                 self._on_disk = event.seq
             while len(self._recent) > _IN_MEMORY and self._recent[0].seq <= self._on_disk:
                 self._recent.popleft()
-        self.said.set()
+        if not self.said.is_set():  # the shipper takes only after it has cleared it
+            self.said.set()
         return event
 
     def _append(self, line: bytes) -> bool:

@@ -184,6 +184,21 @@ def test_a_batch_in_parts_is_the_same_batch(family, tmp_path):
     assert torch.allclose(mine[0], theirs[0], atol=1e-5 * float(theirs[0].abs().max()) + 1e-8)
 
 
+def test_on_a_cpu_a_batch_goes_through_the_model_in_parts_unless_told(tmp_path, monkeypatch):
+    from llmnb.engine import packing, training
+
+    seen = []
+    real = packing.divide
+    monkeypatch.setattr(packing, "divide", lambda pack, most: seen.append(most) or real(pack, most))
+    whole, _ = observed(tmp_path / "whole", packed=True)
+    assert set(seen) == {training._CPU_TOKENS} == {whole.counts["max_tokens_per_batch"]}
+    monkeypatch.setattr(training, "_CPU_TOKENS", 20)
+    parts, _ = observed(tmp_path / "parts", packed=True)
+    assert parts.losses() == pytest.approx(whole.losses(), abs=1e-5) and parts.counts["max_tokens_per_batch"] == 20
+    told, _ = observed(tmp_path / "told", packed=True, more={"max_tokens_per_batch": 100_000})
+    assert told.counts["max_tokens_per_batch"] == 100_000 and set(seen) == {2048, 20, 100_000}
+
+
 @pytest.mark.parametrize(
     ("lengths", "most", "parts"),
     [([3, 4, 2], 9, [9]), ([3, 4, 2], 8, [7, 2]), ([3, 4, 2], 4, [3, 4, 2]), ([3, 9, 2], 4, [3, 9, 2]), ([5], 2, [5])],

@@ -314,6 +314,22 @@ def test_two_workers_learn_what_one_does_and_give_no_secret_away(db, home, mongo
 @pytest.mark.ray
 @pytest.mark.mongod
 @pytest.mark.slow
+def test_two_workers_stream_their_own_rows_and_go_on_in_the_middle_of_an_epoch(db, tiny_llama, tmp_path):
+    settings = {"streaming": True, "eval_strategy": "no", "lr_scheduler_type": "constant"}
+    one = model(tiny_llama, tmp_path, **settings, per_device_train_batch_size=4, max_steps=12, use_cpu=True)
+    whole = db.apply(one, progress=False)
+    two = model(tiny_llama, tmp_path, **settings, per_device_train_batch_size=2, max_steps=6, num_gpus=2)
+    part = db.apply(two, progress=False)
+    counts = part.record["counts"]
+    assert counts["streaming"] and counts["ranks"] == 2 and counts["found"] == 35
+    part.resume(max_steps=12).wait(400)
+    assert part.state == "done" and [c.step for c in part.checkpoints()] == [3, 6, 9, 12]
+    assert len(losses(whole)) == 12 and losses(part) == pytest.approx(losses(whole), abs=1e-4)
+
+
+@pytest.mark.ray
+@pytest.mark.mongod
+@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_trap18_a_whole_model_of_zero3_is_loaded_and_predicts(db, tiny_llama, tmp_path):
     path = tmp_path / "zero3.json"

@@ -7,13 +7,13 @@ ranks as on one. Knows no model and no tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
-__all__ = ["Filled", "Order", "blanks_for"]
+__all__ = ["Filled", "Order", "blanks_for", "evaluated", "ordered", "seed_of"]
 
 
 def blanks_for(rows: int, batch: int, ranks: int) -> int:
@@ -75,3 +75,37 @@ class Order(Sampler[int]):
         else:
             yield from torch.randperm(count, generator=generator).tolist()
         yield from range(count, count + self.blanks)
+
+
+def seed_of(args: Any) -> int:
+    """Where the order of the rows begins, of ``TrainingArguments``."""
+    return int(args.data_seed if args.data_seed is not None else args.seed)
+
+
+def ordered(rows: Any, args: Any, token: int) -> tuple[Any, Order | None]:
+    """The training rows and their order, filled up with blank rows of ``token`` on several ranks."""
+    if args.train_sampling_strategy == "batch_rebalance":
+        return rows, None  # Trainer's own
+    exact = args.average_tokens_across_devices and not args.dataloader_drop_last
+    blanks = blanks_for(len(rows), args.train_batch_size, args.world_size) if exact else 0
+    order = Order(
+        rows.lengths,
+        args.train_sampling_strategy,
+        seed_of(args),
+        batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        blanks=blanks,
+    )
+    return Filled(rows, blanks, token) if blanks else rows, order
+
+
+def evaluated(rows: Mapping[str, Any], args: Any, token: int, keeps_logits: bool) -> Any:
+    """One evaluation set for "valid" alone, a dict for several; None for none."""
+    sets = {}
+    for name, found in rows.items():
+        if name == "train":
+            continue
+        blanks = 0 if keeps_logits else blanks_for(len(found), args.eval_batch_size, args.world_size)
+        sets[name] = Filled(found, blanks, token) if blanks else found
+    if not sets:
+        return None
+    return sets["valid"] if list(sets) == ["valid"] else sets

@@ -26,6 +26,8 @@ from .speedups import fuse_lora, take_chunked_loss, take_optimizer, take_packs
 __all__ = ["Hooks", "TrainResult", "train"]
 
 Source = Callable[[], Iterable[Mapping[str, Any]]]
+# More at a time is no faster on a CPU, and takes more memory.
+_CPU_TOKENS = 2048
 
 
 def train(
@@ -191,6 +193,10 @@ class TrainingRun:
         if most is not None and why:
             self._note(f"max_tokens_per_batch has no effect: {why}.", "warning")
             return None
+        if most is None and not why and args.device.type == "cpu" and self.counts.get("chunked_loss"):
+            most = _CPU_TOKENS
+        if most is not None:
+            self.counts["max_tokens_per_batch"] = most
         return most
 
     def _rows(self, data: Mapping[str, Source], plan: Plan, transform: Any) -> dict[str, Any]:
@@ -230,10 +236,10 @@ class TrainingRun:
 
     def _stream(self, documents: Any, plan: Plan, more: Mapping[str, Any]) -> Any:
         """Training rows that are read while they are trained; of the first ones it is said what became of them."""
-        from .order import Order
+        from .order import Order, seed_of
         from .streaming import HEAD, Streamed
 
-        order = Order(documents, plan.arguments.train_sampling_strategy, _seed(plan))
+        order = Order(documents, plan.arguments.train_sampling_strategy, seed_of(plan.arguments))
         head = list(itertools.islice(order, HEAD))
         token = self.tokenizer.pad_token_id
         self.stream = Streamed(documents, self.tokenizer, self.config, blank=token, head=head, **more)
@@ -312,10 +318,11 @@ class TrainingRun:
         """The loop around the model."""
         from .callbacks import Patience, Watch
         from .loop import Loop
+        from .order import evaluated, ordered
         from .tally import Tally
 
         args = plan.arguments
-        train, order = _ordered(rows["train"], plan, self.tokenizer)
+        train, order = ordered(rows["train"], args, self.tokenizer.pad_token_id)
         collator = self._train_collator()
         if collator is not None:
             take_chunked_loss(self.model, args, options, self.counts)
@@ -328,7 +335,7 @@ class TrainingRun:
             train_collator=collator,
             most_tokens=self._most_tokens(args, collator),
             train_dataset=train,
-            eval_dataset=_evaluated(rows, plan, self.tokenizer, "compute_metrics" in options),
+            eval_dataset=evaluated(rows, args, self.tokenizer.pad_token_id, "compute_metrics" in options),
             processing_class=self.tokenizer,
             hooks=self.hooks,
             card=self._card(plan, fingerprint),
@@ -434,44 +441,3 @@ def _rank() -> int:
     import os
 
     return int(os.environ.get("RANK", "0"))
-
-
-def _seed(plan: Plan) -> int:
-    """Where the order of the rows begins."""
-    args = plan.arguments
-    return int(args.data_seed if args.data_seed is not None else args.seed)
-
-
-def _ordered(rows: Any, plan: Plan, tokenizer: Any) -> tuple[Any, Any]:
-    """The training rows and their order, filled up with blank rows on several ranks."""
-    from .order import Filled, Order, blanks_for
-
-    args = plan.arguments
-    if args.train_sampling_strategy == "batch_rebalance":
-        return rows, None  # Trainer's own
-    exact = args.average_tokens_across_devices and not args.dataloader_drop_last
-    blanks = blanks_for(len(rows), args.train_batch_size, args.world_size) if exact else 0
-    order = Order(
-        rows.lengths,
-        args.train_sampling_strategy,
-        _seed(plan),
-        batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        blanks=blanks,
-    )
-    return Filled(rows, blanks, tokenizer.pad_token_id) if blanks else rows, order
-
-
-def _evaluated(rows: dict[str, Any], plan: Plan, tokenizer: Any, keeps_logits: bool) -> Any:
-    """One evaluation set for "valid" alone, a dict for several; None for none."""
-    from .order import Filled, blanks_for
-
-    args = plan.arguments
-    sets = {}
-    for name, found in rows.items():
-        if name == "train":
-            continue
-        blanks = 0 if keeps_logits else blanks_for(len(found), args.eval_batch_size, args.world_size)
-        sets[name] = Filled(found, blanks, tokenizer.pad_token_id) if blanks else found
-    if not sets:
-        return None
-    return sets["valid"] if list(sets) == ["valid"] else sets

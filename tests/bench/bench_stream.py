@@ -2,7 +2,8 @@
 
 Run by hand: ``python tests/bench/bench_stream.py [--documents 1000000] [--steps 400]``. A mongod of its own in a
 temporary folder, background runs of a tiny Llama through ``db.apply``: streamed, and the first 100 000 of the same
-documents read before the training, for its pace. ``--whole`` also reads all of them first.
+documents read before the training, for its pace. ``--whole`` also reads all of them first; ``--epoch`` trains all of
+them once, 256 a step, and nothing else.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def worked(pid: int) -> float:
     return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def one(db: Any, base: str, folder: Path, select: Any, steps: int, streaming: bool) -> dict[str, Any]:
-    """A background run, watched from outside."""
+def one(db: Any, base: str, folder: Path, select: Any, steps: int, streaming: bool, **more: Any) -> dict[str, Any]:
+    """A background run, watched from outside. ``steps``: -1 for a whole epoch."""
     trainer = LLMTrainer(
         select=select,
         key=("prompt", "response"),
@@ -70,7 +71,8 @@ def one(db: Any, base: str, folder: Path, select: Any, steps: int, streaming: bo
         max_seq_length=128,
         streaming=streaming,
         cache_rows=False,
-        **PACE,
+        num_train_epochs=1,
+        **{**PACE, **more},
     )
     server = db.store.database.client.admin
     found: dict[str, Any] = {"peak": 0.0}
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--whole", action="store_true", help="also read all documents before a training")
+    parser.add_argument("--epoch", action="store_true", help="train all documents once, and nothing else")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -126,8 +129,13 @@ def main() -> None:
             begin = time.perf_counter()
             fill(db.store.database["short"], options.documents)
             print(f"{options.documents:,} documents inserted in {time.perf_counter() - begin:.0f} s", flush=True)
-            base = str(make_model("llama", folder / "base", hidden_size=128, intermediate_size=256))
+            layers = 1 if options.epoch else 2
+            size = {"hidden_size": 64 * layers, "intermediate_size": 128 * layers, "num_hidden_layers": layers}
+            base = str(make_model("llama", folder / "base", **size))
             every, some = Collection("short").find(), Collection("short").find().limit(100_000)
+            if options.epoch:
+                show("streamed, an epoch", one(db, base, folder, every, -1, True, per_device_train_batch_size=256))
+                return
             ratios = []
             for number in range(options.rounds):
                 stream = one(db, base, folder, every, options.steps, True)

@@ -186,7 +186,7 @@ class TrainConfig(_Json):
     max_tokens_per_batch: int | None = setting(
         None,
         "tokens",
-        "without padding: rows pass the model so many tokens at a time; same loss, less memory. None: 2048 on a CPU",
+        "without padding: rows pass the model so many tokens at a time; same loss, less memory. None: 1024 on a CPU",
     )
     # method
     method: str = setting("sft", help="'sft' learns what documents say; 'dpo' learns which of two answers is preferred")

@@ -196,7 +196,7 @@ def test_on_a_cpu_a_batch_goes_through_the_model_in_parts_unless_told(tmp_path, 
     parts, _ = observed(tmp_path / "parts", packed=True)
     assert parts.losses() == pytest.approx(whole.losses(), abs=1e-5) and parts.counts["max_tokens_per_batch"] == 20
     told, _ = observed(tmp_path / "told", packed=True, more={"max_tokens_per_batch": 100_000})
-    assert told.counts["max_tokens_per_batch"] == 100_000 and set(seen) == {2048, 20, 100_000}
+    assert told.counts["max_tokens_per_batch"] == 100_000 and set(seen) == {1024, 20, 100_000}
 
 
 @pytest.mark.parametrize(

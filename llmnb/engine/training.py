@@ -27,7 +27,7 @@ __all__ = ["Hooks", "TrainResult", "train"]
 
 Source = Callable[[], Iterable[Mapping[str, Any]]]
 # More at a time is no faster on a CPU, and takes more memory.
-_CPU_TOKENS = 2048
+_CPU_TOKENS = 1024
 
 
 def train(

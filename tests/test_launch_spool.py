@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmnb.errors import DatabaseError, LaunchError
@@ -37,6 +37,20 @@ def test_events_come_back_equal_also_nan(tmp_path):
     spool.say(metric(3, loss=math.nan))
     assert math.isnan(read(tmp_path / "events.jsonl")[-1].values["loss"])
     assert oct(os.stat(tmp_path / "events.jsonl").st_mode & 0o777) == "0o600"
+
+
+NUMBERS = st.one_of(st.floats(), st.integers(), st.booleans(), st.sampled_from([5e-324, 1e308, -0.0, 2**80]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.text(), NUMBERS), st.one_of(st.none(), st.floats(), st.integers()), st.floats(0, 1e12))
+@example({"loss": 1.0}, math.nan, 0.0)
+@example({"loss": -math.inf}, 0.5, 0.0)
+def test_a_metrics_line_is_what_json_would_write(values, epoch, when):
+    event = Metric(step=3, seq=7, epoch=epoch, values=values, time=when)
+    line = room._line(event)
+    assert line.endswith(b"}\n") and line.count(b"\n") == 1
+    assert repr(json.loads(line)) == repr(json.loads(json.dumps({"kind": "metric", **event.__dict__})))
 
 
 @settings(max_examples=60, deadline=None)

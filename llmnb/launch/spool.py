@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import threading
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DatabaseError, LaunchError
-from ..events import Event, Note, from_dict
+from ..events import Event, Metric, Note, from_dict
 
 try:
     import fcntl
@@ -48,8 +49,19 @@ def _plain(value: Any) -> Any:
 _encode = json.JSONEncoder(default=_plain, separators=(",", ":")).encode
 
 
+_name = functools.lru_cache(_encode)  # of a value: a run has a handful
+
+
 def _line(event: Event) -> bytes:
     # Not ``to_dict``: its deep copy costs more than the write. NaN and Infinity are words that ``json`` reads back.
+    if type(event) is Metric:
+        values = event.values
+        numbers: tuple[Any, ...] = (event.epoch, *values.values())
+        if all(type(v) in (int, float) and v - v == 0 for v in numbers):  # finite ones
+            # What a run says most, and on the training's thread: half the time of ``json``, for the same words.
+            told = ",".join([f"{_name(name)}:{value!r}" for name, value in values.items()])
+            head = f'"kind":"metric","seq":{event.seq},"time":{event.time!r},"step":{event.step}'
+            return f'{{{head},"epoch":{event.epoch!r},"values":{{{told}}}}}\n'.encode()
     return (_encode({"kind": event.kind, **event.__dict__}) + "\n").encode()
 
 

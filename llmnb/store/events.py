@@ -78,7 +78,8 @@ class Events:
 
     @staticmethod
     def _record(run: str, event: Event) -> dict[str, Any]:
-        return {"_id": _key(run, event.seq), "run": run, **plain(event.to_dict())}
+        # Not ``to_dict``: ``plain`` copies, too, and this runs beside every training.
+        return {"_id": _key(run, event.seq), "run": run, "kind": event.kind, **plain(event.__dict__)}
 
     def since(self, run: str, seq: int = 0, limit: int = 0, kinds: Iterable[str] | None = None) -> list[Event]:
         """Events after ``seq``, in order; at most ``limit`` (0: all); of some kinds only, when given."""

@@ -218,9 +218,8 @@ def event(uri: str, home: Path, known: argparse.Namespace) -> None:
         for number in range(known.rounds):
             mouth, took, worked = Told(store, f"event{number}", home), [], []
             for step in range(count):
-                metric = Metric(
-                    step=step, values={"loss": 1.0, "grad_norm": 0.5, "learning_rate": 1e-4, "tokens": step}
-                )
+                values = {"loss": 1.0, "grad_norm": 0.5, "learning_rate": 1e-4, "tokens": float(step)}
+                metric = Metric(step=step, epoch=step / 100, values=values)
                 began, busy = time.perf_counter(), time.thread_time()
                 mouth.say(metric)
                 took.append((time.perf_counter() - began) * 1e6)

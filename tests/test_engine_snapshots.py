@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from pathlib import Path
 
 import pytest
 from drill import Drill, pairs, train
@@ -27,7 +28,7 @@ class Looks(transformers.TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = f"{args.output_dir}/checkpoint-{state.global_step}"
-        self.seen.append({path.name: path.read_bytes() for path in snapshots.Path(folder).iterdir()})
+        self.seen.append({path.name: path.read_bytes() for path in Path(folder).iterdir()})
 
 
 def files(run):

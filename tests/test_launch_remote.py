@@ -200,6 +200,29 @@ def test_a_listener_that_is_no_ray_cluster_is_said():
         server.shutdown()
 
 
+TAKEN = """
+import pathlib, sys
+tries = pathlib.Path(sys.argv[1].rpartition("@")[2])
+tries.write_text(tries.read_text() + "x")
+if len(tries.read_text()) < {good}:
+    raise RuntimeError("Starting Ray client server failed. See ray_client_server_23000.err for detailed logs.")
+print("URL http://127.0.0.1:8265")
+"""
+
+
+@pytest.mark.parametrize(("good", "found"), [(2, True), (99, False)])
+def test_a_port_that_another_cluster_took_first_is_not_the_end(good, found, tmp_path, monkeypatch):
+    tries = tmp_path / "tries"
+    tries.write_text("")
+    monkeypatch.setattr(remote, "_ASK_RAY", TAKEN.format(good=good))
+    if found:
+        assert remote._ask_ray(f"ray://@{tries}") == "http://127.0.0.1:8265" and tries.read_text() == "xx"
+        return
+    with pytest.raises(LaunchError, match="cannot be used") as raised:
+        remote._ask_ray(f"ray://@{tries}")
+    assert "client server failed" in raised.value.seen and tries.read_text() == "xxx"
+
+
 @pytest.mark.parametrize("kind", ["http://", "host:port"])
 @pytest.mark.parametrize("given", ["", "0" * 64])
 def test_a_missing_and_a_wrong_token_are_said(kind, given, foreign, tmp_path, monkeypatch):

@@ -39,6 +39,7 @@ __all__ = ["find", "forget", "lost_because", "near", "submit", "why_it_ended", "
 
 _ANSWER_S = 5.0
 _RAY_ANSWERS_S = 60.0
+_ASKED_TIMES = 3
 _ENTRYPOINT = "exec $(command -v python || command -v python3) porter.py"
 
 # Ray's own client finds the dashboard of a cluster:
@@ -48,6 +49,10 @@ import sys
 from ray.job_submission import JobSubmissionClient
 print("URL", JobSubmissionClient(sys.argv[1]).get_address())
 """
+
+# Each client of ray:// gets a server of its own on the head, at a port that was free a moment before. Where two
+# clusters share a machine, one of them may find it taken; the next try is given another port.
+_PORT_WAS_TAKEN = "Starting Ray client server failed"
 
 
 def submit(job: TrainJob, store: Store) -> None:
@@ -168,8 +173,11 @@ def _ask_ray(address: str) -> str:
     command = [sys.executable, "-c", _ASK_RAY, address]
     piped: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     try:
-        done = subprocess.run(command, env=env, timeout=_RAY_ANSWERS_S, check=False, **piped)
-        seen = next((line for line in reversed(done.stderr.splitlines()) if "Error" in line), done.stderr[-300:])
+        for _ in range(_ASKED_TIMES):
+            done = subprocess.run(command, env=env, timeout=_RAY_ANSWERS_S, check=False, **piped)
+            seen = next((line for line in reversed(done.stderr.splitlines()) if "Error" in line), done.stderr[-300:])
+            if _PORT_WAS_TAKEN not in seen:
+                break
     except subprocess.TimeoutExpired:
         raise LaunchError(
             f"The Ray cluster at {address} does not let us in.",

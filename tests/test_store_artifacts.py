@@ -9,6 +9,8 @@ import hashlib
 import os
 import threading
 
+import pymongo
+import pymongo.monitoring
 import pytest
 from bson import ObjectId
 from pymongo.errors import WriteError
@@ -105,6 +107,33 @@ def test_bytes_that_went_missing_are_stored_anew(placed, tmp_path):
     again = placed.checkpoints.put("exp", 2, tmp_path / "ckpt")
     assert (placed.checkpoints.fetch(again) / "adapter.safetensors").read_bytes() == b"w" * 700_000
     assert placed.checkpoints.fetch(placed.checkpoints.get("exp", 1))
+
+
+class Trips(pymongo.monitoring.CommandListener):
+    def __init__(self):
+        self.names = []
+
+    def started(self, event):
+        self.names.append(event.command_name)
+
+    def succeeded(self, event): ...
+
+    def failed(self, event): ...
+
+
+def test_what_can_be_asked_once_for_all_files_is(mongo_uri, tmp_path):
+    """A checkpoint is stored beside a training step: each trip costs both of them Python's lock."""
+    trips = Trips()
+    client = pymongo.MongoClient(mongo_uri, event_listeners=[trips])
+    store = open_store(client.get_default_database(), home=tmp_path)
+    for step in (1, 2):
+        for number in range(20):  # one of them changes
+            write(tmp_path / "ckpt" / f"{number}.safetensors", f"{number} {step if number == 0 else 0}".encode())
+        trips.names.clear()
+        kept = store.checkpoints.put("exp", step, tmp_path / "ckpt")
+    assert len(trips.names) < 20, trips.names  # 80 and more when each file is asked for
+    assert (store.checkpoints.fetch(kept) / "0.safetensors").read_bytes() == b"0 2"
+    client.close()
 
 
 def test_a_cache_that_was_changed_is_not_trusted(store, tmp_path):

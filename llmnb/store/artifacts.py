@@ -87,10 +87,11 @@ def digest_of(path: Path) -> str:
         return hash.hexdigest()
 
 
-def _sample_of(path: Path, size: int) -> str:
+def _sample_of(path: Path) -> str:
     """A word for size and a few bytes. Files with different words differ; equal words say nothing."""
     hash = hashlib.sha256()
     with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         for start in (0, max(0, size // 2), max(0, size - _SAMPLE)):
             file.seek(start)
             hash.update(file.read(_SAMPLE))
@@ -137,57 +138,82 @@ class Artifacts:
         """A word for one piece of work that stores artifacts."""
         return uuid.uuid4().hex
 
-    def _claimed(self, digest: str, claim: str) -> bool:
+    def _claimed(self, digests: Iterable[str], claim: str) -> set[str]:
+        """Claims those that are stored, and says which are."""
+        wanted = sorted(digests)
+        if not wanted:
+            return set()
         mark = {"id": claim, "at": self._clock.now()}
-        record = self._table.change({"_id": digest}, {"$push": {"claims": mark}, "$inc": {"generation": 1}})
-        if record is None:
-            return False
-        if self._place(record["place"]).size(record["name"]) == record["size"]:
-            return True
-        # The record is there and its bytes are not (someone emptied the folder): store them anew.
-        self._table.take({"_id": digest, "name": record["name"]})
-        return False
+        change = {"$push": {"claims": mark}, "$inc": {"generation": 1}}
+        self._table.update({"_id": {"$in": wanted}}, change, many=True)
+        places: dict[str, list[dict[str, Any]]] = {}
+        for record in self._table.find({"_id": {"$in": wanted}, "claims.id": claim}):
+            places.setdefault(record["place"], []).append(record)
+        held = set()
+        for label, records in places.items():
+            sizes = self._place(label).sizes([record["name"] for record in records])
+            for record in records:
+                if sizes.get(record["name"]) == record["size"]:
+                    held.add(record["_id"])
+                else:  # the record is there and its bytes are not (someone emptied the folder): they are stored anew
+                    self._table.take({"_id": record["_id"], "name": record["name"]})
+        return held
 
     def release(self, claim: str) -> None:
         """Lets go of everything that was stored under a claim; records name it by now, or nothing does."""
         self._table.update({"claims.id": claim}, {"$pull": {"claims": {"id": claim}}}, many=True)
 
+    def undo(self, claim: str) -> None:
+        """Lets go of what was stored under a claim, and removes what nobody else needs of it."""
+        stored = {record["_id"] for record in self._table.find({"claims.id": claim}, {"_id": 1})}
+        self.release(claim)
+        self.collect(stored)
+
     # -- putting --------------------------------------------------------------------------------------------
 
     def put_file(self, path: str | os.PathLike[str], claim: str | None = None) -> str:
-        """Stores a file's bytes, unless equal ones are stored.
+        """``put_files`` of one file; its sha256."""
+        return self.put_files([path], claim)[0]
+
+    def put_files(self, paths: Iterable[str | os.PathLike[str]], claim: str | None = None) -> list[str]:
+        """Stores the bytes of files, unless equal ones are stored. What can be asked once is asked once for all.
 
         Args:
-            path: the file.
+            paths: the files.
             claim: holds the bytes until ``release``; without one they are held for ``GRACE_S`` seconds.
 
         Returns:
-            The sha256 of the bytes, in hexadecimal.
+            The sha256 of each file's bytes, in hexadecimal.
 
         Raises:
-            ArtifactError: no space left; the file cannot be read or changed meanwhile.
+            ArtifactError: no space left; a file cannot be read or changed meanwhile.
             DatabaseError: the database refuses.
         """
-        path, claim = Path(path), claim or self.new_claim()
+        files, claim = [Path(path) for path in paths], claim or self.new_claim()
         try:
-            size = path.stat().st_size
-            sample = _sample_of(path, size)
+            samples = {path: _sample_of(path) for path in files}
+            stored = self._table.find({"sample": {"$in": sorted(set(samples.values()))}}, {"sample": 1})
+            alike = {record["sample"] for record in stored}
             # Only when something alike is stored can reading it all first save the upload.
-            if self._table.find({"sample": sample}, {"_id": 1}, limit=1):
-                digest = digest_of(path)
-                if self._claimed(digest, claim):
-                    return digest
+            digests = {path: digest_of(path) for path, sample in samples.items() if sample in alike}
+            held = self._claimed(set(digests.values()), claim)
+            missing = [path for path in samples if digests.get(path) not in held]
+            if missing:
+                place = self._place(self._settings.artifacts)
+                digests |= {path: self._upload(path, samples[path], claim, place) for path in missing}
         except OSError as error:
             raise ArtifactError("A file that should be stored cannot be read.", seen=error) from error
-        return self._upload(path, size, sample, claim)
+        return [digests[path] for path in files]
 
-    def _upload(self, path: Path, size: int, sample: str, claim: str) -> str:
-        place = self._place(self._settings.artifacts)
+    def _upload(self, path: Path, sample: str, claim: str, place: Place) -> str:
+        size, read = path.stat().st_size, 0
         with Digest() as running:
 
             def hashed() -> Iterator[bytes]:
+                nonlocal read
                 for chunk in _pieces(path):
                     running.update(chunk)
+                    read += len(chunk)
                     yield chunk
 
             name = place.write(hashed())
@@ -204,14 +230,14 @@ class Artifacts:
             "claims": [{"id": claim, "at": now}],
         }
         try:
-            if place.size(name) != size:
+            if read != size:
                 raise ArtifactError("A file changed while it was stored.", seen=path, todo="store it again")
             while True:
                 try:
                     self._table.insert(record)
                     return digest
                 except Duplicate:  # equal bytes were stored at the same moment; theirs stay
-                    if self._claimed(digest, claim):
+                    if self._claimed([digest], claim):
                         place.delete(name)
                         return digest
         except BaseException:

@@ -129,11 +129,12 @@ class Checkpoints:
             raise ArtifactError(
                 "This folder holds no weights to store.", seen=folder, todo="save the model there first"
             )
-        stored: list[dict[str, Any]] = []
         try:
-            for path in paths:
-                digest = self._artifacts.put_file(folder / path, claim)
-                stored.append({"path": path, "sha256": digest, "size": (folder / path).stat().st_size})
+            digests = self._artifacts.put_files([folder / path for path in paths], claim)
+            stored = [
+                {"path": path, "sha256": digest, "size": (folder / path).stat().st_size}
+                for path, digest in zip(paths, digests, strict=True)
+            ]
             record = self._new_record(experiment, int(step), stored)
             record.update(
                 kind=kind,
@@ -146,8 +147,7 @@ class Checkpoints:
             self._table.replace(record)
         except BaseException:
             with contextlib.suppress(LlmnbError):  # the error that is on its way says more than a second one
-                self._artifacts.release(claim)
-                self._artifacts.collect({file["sha256"] for file in stored})
+                self._artifacts.undo(claim)
             raise
         self._artifacts.release(claim)
         if best:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import fsspec
@@ -40,8 +40,8 @@ class Place(Protocol):
     def read(self, name: str) -> Iterator[bytes]:
         """The bytes, in pieces."""
 
-    def size(self, name: str) -> int | None:
-        """How many bytes there are under a name; None when there is none."""
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """How many bytes there are under each name; one that is not there is left out."""
 
     def delete(self, name: str) -> None:
         """Removes a name; nothing happens when there is none."""
@@ -146,10 +146,11 @@ class GridPlace(Place):
                 left -= len(chunk)
                 yield chunk
 
-    def size(self, name: str) -> int | None:
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
         with _explained("GridFS", "reading from"):
-            found = self._database[BUCKET + ".files"].find_one({"_id": ObjectId(name)}, {"length": 1})
-        return None if found is None else int(found["length"])
+            wanted = {"_id": {"$in": [ObjectId(name) for name in names]}}
+            found = self._database[BUCKET + ".files"].find(wanted, {"length": 1})
+            return {str(one["_id"]): int(one["length"]) for one in found}
 
     def delete(self, name: str) -> None:
         with _explained("GridFS", "deleting from"):
@@ -206,13 +207,14 @@ class FolderPlace(Place):
             while chunk := file.read(CHUNK):
                 yield chunk
 
-    def size(self, name: str) -> int | None:
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        found = {}
         with _explained(self.label, "reading from"):
-            try:
-                self._fs.invalidate_cache()
-                return int(self._fs.size(self._path(name)))
-            except FileNotFoundError:
-                return None
+            self._fs.invalidate_cache()
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    found[name] = int(self._fs.size(self._path(name)))
+        return found
 
     def delete(self, name: str) -> None:
         with _explained(self.label, "deleting from"), contextlib.suppress(FileNotFoundError):

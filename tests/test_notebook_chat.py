@@ -13,6 +13,7 @@ pytest.importorskip("IPython")
 
 import llmnb.launch.chat
 import llmnb.notebook.chat as chat
+import llmnb.notebook.sampling as sampling
 import llmnb.notebook.speakers as speakers
 from llmnb import Collection, connect
 from llmnb.config import ModelSpec
@@ -183,14 +184,14 @@ def test_no_checkpoint_at_all_is_said():
 
 
 def test_settings_that_were_typed():
-    found = chat.sampling_of({"max_new_tokens": "40", "temperature": " 0.7", "top_p": "", "seed": "3"})
-    assert found == {"max_new_tokens": 40, "temperature": 0.7, "seed": 3} and chat.sampled(found)
-    assert chat.sampling_words(found) == "max new tokens 40 · temperature 0.7 · seed 3"
-    assert chat.sampling_words({"max_new_tokens": 4, "seed": 3, "temperature": 0.0}) == (
+    found = sampling.sampling_of({"max_new_tokens": "40", "temperature": " 0.7", "top_p": "", "seed": "3"})
+    assert found == {"max_new_tokens": 40, "temperature": 0.7, "seed": 3} and sampling.sampled(found)
+    assert sampling.sampling_words(found) == "max new tokens 40 · temperature 0.7 · seed 3"
+    assert sampling.sampling_words({"max_new_tokens": 4, "seed": 3, "temperature": 0.0}) == (
         "greedy · max new tokens 4 · temperature 0.0"
     )
     with pytest.raises(ConfigError) as caught:
-        chat.sampling_of({"max_new_tokens": "0", "temperature": "nan", "top_p": "2", "seed": "x"})
+        sampling.sampling_of({"max_new_tokens": "0", "temperature": "nan", "top_p": "2", "seed": "x"})
     assert len(caught.value.faults) == 4
 
 
@@ -213,7 +214,7 @@ class Page:
 
     def settle(self, patience=20):
         end = time.monotonic() + patience
-        while not self.box._done.is_set() or self.box._worker is not None or self.box._todo:
+        while not self.box._done.is_set() or not self.box._errands.idle:
             assert time.monotonic() < end
             time.sleep(0.01)
         return self

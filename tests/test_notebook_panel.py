@@ -105,9 +105,9 @@ def page(monkeypatch):
 def settled(opened):
     """Waits until the panel has nothing left to do."""
     end = time.monotonic() + 20
-    while opened._thread is not None and time.monotonic() < end:
+    while not opened._errands.idle and time.monotonic() < end:
         time.sleep(0.01)
-    assert opened._thread is None
+    assert opened._errands.idle
     if opened._starter is not None:
         opened._starter.join(20)
         assert not opened._starter.is_alive()

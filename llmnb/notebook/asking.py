@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import ConfigError, Fault
 from ..options import named
+from .sampling import sampling_words
 from .session import Session
 
 __all__ = ["ask", "save"]
@@ -58,7 +59,7 @@ def ask(session: Session, known: Any, rest: list[str], prompt: str) -> None:
             box.ask(prompt)
             box.wait()
         return
-    chat.turns.append(Turn(prompt, sampling=chats.sampling_words(sampling)))
+    chat.turns.append(Turn(prompt, sampling=sampling_words(sampling)))
     try:
         chats.print_answers(database, session.chats(), chat, names, sampling, known.form)
     finally:

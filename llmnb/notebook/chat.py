@@ -17,7 +17,7 @@ from typing import Any
 
 from ..config import ModelSpec, thaw
 from ..conversation import Conversation, Reply
-from ..errors import ConfigError, Fault, LlmnbError, ModelError
+from ..errors import LlmnbError, ModelError
 from .speakers import Speaker, speaker
 from .words import number
 
@@ -29,9 +29,6 @@ __all__ = [
     "plain",
     "print_answers",
     "question",
-    "sampled",
-    "sampling_of",
-    "sampling_words",
 ]
 
 _PROCESSES = 2  # base models in memory at once, each in its process
@@ -220,55 +217,6 @@ def error_words(error: LlmnbError) -> str:
     seen = f" ({' '.join(str(error.seen).split())[:200]})" if error.seen else ""
     what = error.what.rstrip(".") + seen + "."
     return f"{what} To do: {error.todo}." if error.todo else what
-
-
-# --- settings -------------------------------------------------------------------------------------------------
-
-
-_FIELDS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
-    "max_new_tokens": (int, lambda v: v > 0, "a whole number from 1"),
-    "temperature": (float, lambda v: 0 <= v < 100, "a number from 0; 0 is greedy"),
-    "top_p": (float, lambda v: 0 < v <= 1, "a number above 0, up to 1"),
-    "seed": (int, lambda v: 0 <= v < 2**63, "a whole number from 0"),
-}
-
-
-def sampling_of(typed: Mapping[str, str]) -> dict[str, Any]:
-    """The typed settings as numbers; an empty field is not among them.
-
-    Raises:
-        ConfigError: with every fault.
-    """
-    found: dict[str, Any] = {}
-    faults = []
-    for name, (kind, fits, hint) in _FIELDS.items():
-        text = str(typed.get(name) or "").strip()
-        if not text:
-            continue
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not fits(value):
-            faults.append(Fault(name, f"cannot be {text}", hint))
-        else:
-            found[name] = value
-    if faults:
-        raise ConfigError(faults)
-    return found
-
-
-def sampled(sampling: Mapping[str, Any]) -> bool:
-    """True when answers are drawn, not greedy."""
-    if "do_sample" in sampling:
-        return bool(sampling["do_sample"])
-    return any(sampling.get(n) for n in ("temperature", "top_p", "top_k", "min_p", "typical_p"))
-
-
-def sampling_words(sampling: Mapping[str, Any]) -> str:
-    """The settings in words: "greedy", or each of them."""
-    parts = [f"{name.replace('_', ' ')} {value}" for name, value in sampling.items()]
-    return " · ".join(parts if sampled(sampling) else ["greedy", *(p for p in parts if not p.startswith("seed"))])
 
 
 # --- as text and as HTML --------------------------------------------------------------------------------------

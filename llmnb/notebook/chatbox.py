@@ -22,14 +22,15 @@ from ..errors import ConfigError, DataError, Fault, LlmnbError
 from . import chat as chats
 from . import speakers as who_can
 from . import still
+from .errands import Errands
 from .page import script, style
+from .sampling import Typed, sampled, sampling_words
 
 __all__ = ["ChatBox", "ChatWidget"]
 
 _EVERY = 0.1  # seconds between two messages about one answer
 _UNHEARD = 0.25  # seconds between two messages with everything, while no page has said that it listens
 _KEEP_EVERY = 5.0  # seconds between two pictures for the saved file
-_FIELDS = ("max_new_tokens", "temperature", "top_p", "seed")
 
 
 class ChatWidget(anywidget.AnyWidget):
@@ -67,24 +68,20 @@ class ChatBox:
         self.widget = ChatWidget()
         self.widget.on_msg(self._heard)
         self.chat = chat or Conversation()
-        given = dict(sampling or {})
-        self._typed = {name: "" if given.get(name) is None else str(given.pop(name)) for name in _FIELDS}
-        self._more = {name: value for name, value in given.items() if name not in _FIELDS}
+        self._typed = Typed(sampling or {})
         self._chosen = list(speakers or ())
         self._choices: list[tuple[str, str, str]] = []
         self._collections: list[str] = []
         self._kept_names: list[str] = []
         self._phase, self._blocking, self._alone = "idle", False, False
         self._said = self._trouble = self._draft = ""
-        self._faults: dict[str, str] = {}
         self._error: LlmnbError | None = None
         self._stopping = False
         self._answer: Any = None
         self._done = threading.Event()
         self._done.set()
         self._listens = self._looked = False
-        self._todo: list[Callable[[], None]] = []
-        self._worker: threading.Thread | None = None
+        self._errands = Errands("llmnb-chat", self._carry_out)
         self._kept: DisplayHandle | None = None
         self.kept_by: Callable[[], None] | None = None  # where another view keeps the chat with its own picture
         self._kept_at = self._all_at = 0.0
@@ -109,7 +106,7 @@ class ChatBox:
         with self._lock:
             if self._phase != "idle":
                 raise ConfigError([Fault("prompt", "cannot be asked while an answer is being given", "press Stop")])
-            sampling = self._sampling()
+            sampling = self._typed.options()
             turn = Turn(prompt)
             self.chat.turns.append(turn)
             self._phase, self._stopping, self._draft, self._error = "answering", False, "", None
@@ -173,8 +170,8 @@ class ChatBox:
         with self._lock:
             self._chosen, self._trouble = names, ""
             self._state()
-        self._do(self._look)
-        self._do(self._prepare)
+        self._errands.add(self._look)
+        self._errands.add(self._prepare)
 
     def _prepare(self) -> None:
         """While a question is being typed. What cannot be read is said when it is asked."""
@@ -188,7 +185,7 @@ class ChatBox:
 
     def refresh(self) -> None:
         """Looks again at who can be asked; called when a checkpoint was saved."""
-        self._do(self._look)
+        self._errands.add(self._look)
 
     def save(self, collection: str | None = None, speaker: str | None = None) -> Saved:
         """Writes the conversation into a collection as documents to train on; see ``Datalayer.save_chat``."""
@@ -196,7 +193,7 @@ class ChatBox:
             self._idle()
         saved = self._database.save_chat(self.chat, collection, speaker=speaker)
         self._say(str(saved))
-        self._do(self._look)
+        self._errands.add(self._look)
         return saved
 
     def keep(self, name: str | None = None) -> None:
@@ -210,7 +207,7 @@ class ChatBox:
             return
         self._database.keep_chat(self.chat, name)
         self._say(f"Kept as {self.chat.name}: %%llm_chat --history {self.chat.name} goes on with it.")
-        self._do(self._look)
+        self._errands.add(self._look)
 
     def open(self, name: str) -> None:
         """Goes on with a conversation that was kept."""
@@ -245,14 +242,12 @@ class ChatBox:
                 first, self._listens = not self._listens, True
                 self._all()
             if first:
-                self._do(self._look)
+                self._errands.add(self._look)
         elif kind == "draft":
             self._draft = str(message.get("text") or "")
         elif kind == "sampling":
-            values = message.get("values") or {}
             with self._lock:
-                self._typed = {name: str(values.get(name) or "") for name in _FIELDS}
-                self._check()
+                self._typed.take(message.get("values") or {})
                 self._state()
         elif kind == "ask":
             self._at_once(lambda: self.ask(str(message.get("text") or "")))
@@ -263,17 +258,17 @@ class ChatBox:
         elif kind == "choose":
             self._at_once(lambda: self._choose(list(message.get("names") or ())))
         elif kind == "look":
-            self._do(self._look)
+            self._errands.add(self._look)
         elif kind == "save":
             collection, speaker = str(message.get("collection") or ""), str(message.get("speaker") or "")
-            self._do(lambda: self._discard(self.save(collection, speaker or None)))
+            self._errands.add(lambda: self._discard(self.save(collection, speaker or None)))
         elif kind == "keep":
             name = str(message.get("name") or "") if message.get("on") else None
-            self._do(lambda: self.keep(name))
+            self._errands.add(lambda: self.keep(name))
         elif kind == "open":
-            self._do(lambda: self.open(str(message.get("name"))))
+            self._errands.add(lambda: self.open(str(message.get("name"))))
         elif kind == "release":
-            self._do(self.release)
+            self._errands.add(self.release)
 
     def _at_once(self, step: Callable[[], None]) -> None:
         """On the kernel's thread: nothing here takes longer than a moment."""
@@ -306,9 +301,9 @@ class ChatBox:
             "blocking": self._blocking,
             "chosen": self._chosen or ["base"],
             "choices": self._choices,
-            "sampling": self._typed,
-            "more": chats.sampling_words(self._more).removeprefix("greedy").strip(" ·") if self._more else "",
-            "faults": self._faults,
+            "sampling": self._typed.fields,
+            "more": self._typed.more(),
+            "faults": self._typed.faults,
             "said": self._said,
             "trouble": self._trouble,
             "alone": self._alone,
@@ -326,22 +321,6 @@ class ChatBox:
         return [(name, heads[name]) for name in self.chat.speakers() if name in heads]
 
     # -- on threads ------------------------------------------------------------------------------------------
-
-    def _do(self, step: Callable[[], None]) -> None:
-        with self._lock:
-            self._todo.append(step)
-            if self._worker is None:
-                self._worker = threading.Thread(target=self._work, name="llmnb-chat", daemon=True)
-                self._worker.start()
-
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._todo:
-                    self._worker = None
-                    return
-                step = self._todo.pop(0)
-            self._carry_out(step)
 
     def _carry_out(self, step: Callable[..., None], *given: Any) -> None:
         """The border of a thread, or of what the page said: what goes wrong is shown."""
@@ -384,9 +363,9 @@ class ChatBox:
                 names = list(self._chosen)
             if not names:
                 names = self._chosen = [who_can.newest(self._database)]
-            if chats.sampled(sampling):
+            if sampled(sampling):
                 sampling.setdefault("seed", random.randrange(100_000))  # the same for every column
-            turn.sampling = chats.sampling_words(sampling)
+            turn.sampling = sampling_words(sampling)
             words = {name: words for name, words, _ in self._choices}
             turn.replies = [Reply(name, words.get(name, name), note="waiting") for name in names]
             self._all()
@@ -449,19 +428,6 @@ class ChatBox:
             self.widget.send({"kind": "reply", "content": content})
 
     # -- the rest --------------------------------------------------------------------------------------------
-
-    def _sampling(self) -> dict[str, Any]:
-        self._check()
-        if self._faults:
-            raise ConfigError([Fault(name, words) for name, words in self._faults.items()])
-        return {**chats.sampling_of(self._typed), **self._more}
-
-    def _check(self) -> None:
-        self._faults = {}
-        try:
-            chats.sampling_of(self._typed)
-        except ConfigError as error:
-            self._faults = {f.option: f"{f.what}: {f.todo}" for f in error.faults}
 
     def _idle(self) -> None:
         if self._phase != "idle":

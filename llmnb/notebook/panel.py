@@ -18,6 +18,7 @@ from IPython.display import DisplayHandle, display
 from .. import form
 from ..errors import ConfigError, DatabaseError, LlmnbError
 from . import panel_data, still
+from .errands import Errands
 from .page import script, style
 from .tables import short
 
@@ -52,9 +53,8 @@ class Panel:
         self._told: dict[str, Any] = {"form": panel_data.form_of()}
         self._live: DisplayHandle | None = None
         self._kept: DisplayHandle | None = None
-        self._thread: threading.Thread | None = None
         self._starter: threading.Thread | None = None
-        self._todo: list[Callable[[], None]] = []
+        self._errands = Errands("llmnb-panel", self._carry_out)
         self._known: dict[str, tuple[Any, Any]] = {}  # part → (what it was asked for, the answer)
 
     def display(self) -> None:
@@ -72,15 +72,15 @@ class Panel:
                 self.widget.send({"kind": "all", "content": {**state, "told": self._told}})
                 if not self._opened:  # what a person does not wait for comes after what they do
                     self._opened = True
-                    self._do(self._look, self._consider)
+                    self._errands.add(self._look, self._consider)
             elif kind == "edit" and self._phase == "editing":
                 self._take(message)
-                self._do(self._consider if message.get("done") else self._quickly)
+                self._errands.add(self._consider if message.get("done") else self._quickly)
             elif kind == "look":
-                self._do(self._look)
+                self._errands.add(self._look)
             elif kind == "load":
                 run = str(message.get("run"))
-                self._do(lambda: self._load(run))
+                self._errands.add(lambda: self._load(run))
             elif kind == "start" and self._phase == "editing":
                 self._take(message)
                 self._phase = "starting"
@@ -102,23 +102,6 @@ class Panel:
             self.widget.send({"kind": part, "content": content})
 
     # -- what takes longer -----------------------------------------------------------------------------------
-
-    def _do(self, *steps: Callable[[], None]) -> None:
-        """Runs the steps on the panel's thread, after those that wait already; a step that waits is not added again."""
-        with self._lock:
-            self._todo += [step for step in steps if step not in self._todo]
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="llmnb-panel", daemon=True)
-                self._thread.start()
-
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._todo:
-                    self._thread = None
-                    return
-                step = self._todo.pop(0)
-            self._carry_out(step)
 
     def _carry_out(self, step: Callable[[], None]) -> None:
         """The border of a thread: what goes wrong is shown."""
@@ -170,7 +153,7 @@ class Panel:
     def _answer(self, part: str, question: Any, find: Callable[[Any], Any]) -> None:
         """Finds a part anew when what it depends on has changed, and somebody still wants to know."""
         with self._lock:
-            late = self._consider in self._todo or self._phase != "editing"
+            late = self._errands.waits(self._consider) or self._phase != "editing"
             if late or self._known.get(part, (None,))[0] == question:
                 return
         try:

@@ -51,6 +51,8 @@ def test_what_is_written_later_is_what_would_have_been_written_at_once(config, t
         assert set(later) == set(now)
         for name in set(now) - {"training_args.bin", "trainer_state.json"}:  # those two say when and where it was
             assert later[name] == now[name], name
+    cards = {saved["README.md"] for saved in files(beside)}
+    assert len(cards) == 1 and b"PEFT" in cards.pop()  # peft made the first one, and brought the others up to date
     kept = [saved["folder"] for saved in beside.saved]
     assert [folder.name for folder in kept] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     states = [transformers.TrainerState.load_from_json(str(folder / "trainer_state.json")) for folder in kept]

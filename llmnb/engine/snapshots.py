@@ -42,6 +42,7 @@ class Writer:
         self._work: list[Callable[[], Any]] = []
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._card: bytes | None = None
         self.open = False
 
     @contextlib.contextmanager
@@ -100,7 +101,18 @@ class Writer:
             # Not state_dict(): of a 4-bit base it packs every weight.
             names = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
             options["state_dict"] = {name: copied(p) if p.requires_grad else p.detach() for name, p in names.items()}
-        self.later(save, folder, **options)
+        self.later(self._adapter, save, folder, **options)
+
+    def _adapter(self, save: Callable[..., Any], folder: str, **options: Any) -> None:
+        # peft compiles the template of its model card anew for each checkpoint, two thirds of what writing one costs;
+        # a card that is there it only brings up to date.
+        card = Path(folder) / "README.md"
+        if self._card is not None and not card.exists():
+            card.parent.mkdir(parents=True, exist_ok=True)
+            card.write_bytes(self._card)
+        save(folder, **options)
+        if self._card is None and card.exists():
+            self._card = card.read_bytes()
 
     def tensors(self, state: dict[str, Any], path: Path) -> None:
         """An optimizer's or a schedule's state as it is now."""

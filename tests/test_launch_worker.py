@@ -354,6 +354,34 @@ def test_an_interrupt_before_the_first_step_leaves_a_true_state(store, tmp_path,
     assert Run(store, job.run).state == "stopped"
 
 
+def test_a_second_interrupt_ends_at_once_also_while_the_database_is_away(store, tmp_path, engine, monkeypatch, capsys):
+    """The first one's checkpoint cannot be stored, and would be waited for."""
+    job = make_job(store, tmp_path, max_steps=2000, pause_ms=10, save_steps=5000)
+    began = []
+
+    def away(*args, **kwargs):
+        raise ConnectError("away")
+
+    def press(event):
+        if isinstance(event, Metric) and event.step == 3:
+            for room, name in [(store.runs, "transition"), (store.runs, "beat"), (store.runs, "control")]:
+                monkeypatch.setattr(room, name, away)
+            for room, name in [(store.events, "append"), (store.checkpoints, "put")]:
+                monkeypatch.setattr(room, name, away)
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Thread(target=later, daemon=True).start()
+
+    def later():
+        time.sleep(2)
+        began.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        worker.work(job, store=store, on_event=press)
+    assert began and time.monotonic() - began[0] < 10, "and not the minutes that a job waits"
+    assert "the database is away" in capsys.readouterr().err
+
+
 # -- the database goes away ------------------------------------------------------------------------------------
 
 

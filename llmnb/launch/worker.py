@@ -34,6 +34,7 @@ __all__ = ["own_folder", "work"]
 ACTIVE = ("queued", "starting", "running", "stopping", "lost")  # "lost" by mistake: we are here
 # How long a run waits for a database that is away before it gives up. A person waits for less than a job does.
 _PATIENCE_JOB_S, _PATIENCE_HERE_S = 900.0, 60.0
+_PATIENCE_AT_ONCE_S = 1.0  # a person who interrupted twice
 # A worker that was given up and still lives learns it at its next beat, and ends after the step it is at.
 _RELEASE_S = 30.0
 
@@ -159,8 +160,9 @@ class _Work(Reporter):
     def _interrupt(self, number: int) -> None:
         """A signal: SIGTERM, or the person's interrupt. In a signal handler, so it only leaves a letter."""
         if number == signal.SIGINT:
-            if not self.training or self.interrupted:
-                raise KeyboardInterrupt  # nothing to save yet; or asked twice
+            if not self.training or self.interrupted:  # nothing to save yet; or asked twice
+                self.patience = min(self.patience, _PATIENCE_AT_ONCE_S)
+                raise KeyboardInterrupt
             print("llmnb: stopping with a checkpoint; interrupt again to end at once", file=sys.stderr)
         self.interrupted = True
         self.heart.ask("stop")
@@ -192,7 +194,7 @@ class _Work(Reporter):
             print(
                 f"llmnb: run {self.job.run} ended {state}, the database is away: {self.mask(trouble)}", file=sys.stderr
             )
-            if error is None:
+            if error is None and not self.interrupted:
                 raise
         finally:
             self.spool.close()

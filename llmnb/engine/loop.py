@@ -101,8 +101,6 @@ class Loop(Trainer):
         self.order = order
         if self.compute_loss_func is None and not counts_tokens(self.model):
             self.compute_loss_func = TokenLoss(self.args.label_smoothing_factor)
-        # Causal models whose class name does not say so (GPT2LMHeadModel) would be counted one token too many a row.
-        self._loss_shifts_labels = True
         own = self.compute_loss_func is None or isinstance(self.compute_loss_func, TokenLoss)
         self.mean_over_tokens = own
         self._resumes, self._open = resumed is not None, dict((resumed or {}).get("window") or {})

@@ -29,7 +29,7 @@ def mock_db(tmp_path):
 def filled(db, count=200):
     rows = [{"question": f"{i} and {i}?", "reply": f" {2 * i}", "lang": "en"} for i in range(count)]
     rows[0]["_fold"], rows[1]["_fold"] = "train", "valid"
-    rows[5]["reply"] = None
+    rows[5]["reply"], rows[5]["_fold"] = None, "train"  # by its _id one in twenty would be in the other fold
     rows += [{"question": "nobody", "reply": " reads", "_fold": "other", "lang": "en"}, {"lang": "fr"}]
     return db.execute(Collection("sums").insert_many(rows))
 

@@ -220,6 +220,17 @@ def test_no_space_in_a_folder(store, tmp_path, monkeypatch):
     assert (store.checkpoints.fetch(kept) / "adapter.safetensors").read_bytes() == b"old" * 100
 
 
+def test_a_place_that_keeps_less_than_it_was_given(store, tmp_path, monkeypatch):
+    moved = open_store(store.database, artifacts=str(tmp_path / "artifacts"), home=store.home)
+    fs = moved.artifacts._place(moved.settings.artifacts)._fs
+    real = type(fs).size
+    monkeypatch.setattr(type(fs), "size", lambda self, path: real(self, path) - 1)
+    with pytest.raises(ArtifactError, match="Writing to") as caught:
+        moved.artifacts.put_file(write(tmp_path / "f", b"12345"))
+    assert "4 of 5 bytes" in str(caught.value.seen)
+    assert moved.artifacts.stats()["files"] == 0 and not any(p.is_file() for p in (tmp_path / "artifacts").rglob("*"))
+
+
 def test_no_space_in_the_database(store, tmp_path, monkeypatch):
     write(tmp_path / "ckpt" / "adapter.safetensors", b"old" * 100)
     kept = store.checkpoints.put("exp", 1, tmp_path / "ckpt")

@@ -184,7 +184,7 @@ class FolderPlace(Place):
 
     def write(self, chunks: Iterable[bytes]) -> str:
         key = str(ObjectId())
-        name = f"{key[-2:]}/{key}"
+        name, written = f"{key[-2:]}/{key}", 0
         path = self._path(name)
         with _explained(self.label, "writing to"):
             try:
@@ -193,9 +193,13 @@ class FolderPlace(Place):
                 with self._fs.open(path, "wb") as file:
                     for chunk in chunks:
                         file.write(chunk)
+                        written += len(chunk)
                     file.flush()
                     if "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)):
                         os.fsync(file.fileno())
+                self._fs.invalidate_cache()
+                if (found := self._fs.size(path)) != written:
+                    raise OSError(f"{found} of {written} bytes are there")
             except BaseException:
                 with contextlib.suppress(Exception):  # the error that is on its way says more than a second one
                     self._fs.rm_file(path)

@@ -170,8 +170,7 @@ class ChatBox:
         with self._lock:
             self._chosen, self._trouble = names, ""
             self._state()
-        self._errands.add(self._look)
-        self._errands.add(self._prepare)
+        self._errands.add(self._look, self._prepare)
 
     def _prepare(self) -> None:
         """While a question is being typed. What cannot be read is said when it is asked."""

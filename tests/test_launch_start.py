@@ -160,6 +160,30 @@ def test_a_cluster_that_is_slow_to_answer_is_not_ended(tmp_path, monkeypatch):
     assert ended == []
 
 
+def test_a_cluster_that_ends_instead_of_answering_makes_room_for_a_new_one(tmp_path, monkeypatch):
+    """A head that was told to end closes its port before its process is gone."""
+    import psutil
+
+    head = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    found = cluster.Cluster(
+        "m", "127.0.0.1:8", "", {str(head.pid): psutil.Process(head.pid).create_time()}, str(tmp_path)
+    )
+    (tmp_path / "ray.json").write_text(json.dumps(found.__dict__))
+    found.token_file.write_text("token")
+    asked = []
+
+    def answers(found):
+        asked.append(found)
+        if len(asked) == 3:
+            head.kill()
+        return False
+
+    monkeypatch.setattr(cluster, "_answers", answers)
+    monkeypatch.setattr(cluster, "_start", lambda home: "a new one")
+    assert cluster.ensure(tmp_path) == "a new one" and len(asked) < 10
+    head.wait()
+
+
 def test_a_cluster_of_dead_processes_is_none(tmp_path):
     (tmp_path / "ray.json").write_text(
         json.dumps({"mark": "m", "address": "", "temp_dir": "", "pids": {"1": 1.0}, "home": str(tmp_path)})

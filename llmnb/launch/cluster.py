@@ -90,12 +90,11 @@ def ensure(home: str | Path) -> Cluster:
     home = _folder(home)
     with _locked(home):
         found = _find(home)
-        if found is None:
-            _end_marked(_mark(home))  # what a crash left behind
-            return _start(home)
-        # It lives, and runs may be on it: one that is only slow must never be ended for a new one.
-        _until_it_answers(found)
-        return found
+        # While it lives, runs may be on it: one that is only slow must never be ended for a new one.
+        if found is not None and _until_it_answers(found):
+            return found
+        _end_marked(_mark(home))  # what a crash left behind
+        return _start(home)
 
 
 def enter(home: str | Path) -> Cluster:
@@ -176,14 +175,19 @@ def _read(home: Path) -> Cluster | None:
 
 def _find(home: Path) -> Cluster | None:
     found = _read(home)
-    if found is None or not all(_alive(int(pid), born) for pid, born in found.pids.items()):
-        return None
-    return found if found.token_file.exists() else None
+    return found if found is not None and _lives(found) and found.token_file.exists() else None
 
 
-def _until_it_answers(found: Cluster) -> None:
+def _lives(found: Cluster) -> bool:
+    return all(_alive(int(pid), born) for pid, born in found.pids.items())
+
+
+def _until_it_answers(found: Cluster) -> bool:
+    """False: it ended meanwhile; a head that was told to end closes its port first, and its process some time after."""
     end = time.monotonic() + _ANSWER_LIMIT_S
     while not _answers(found):
+        if not _lives(found):
+            return False
         if time.monotonic() > end:
             raise LaunchError(
                 "This machine's Ray cluster does not answer.",
@@ -191,6 +195,7 @@ def _until_it_answers(found: Cluster) -> None:
                 todo=f"see {found.temp_dir}/session_latest/logs; `llmnb ray stop` ends the cluster with all runs on it",
             )
         time.sleep(0.2)
+    return True
 
 
 def _answers(found: Cluster) -> bool:
@@ -301,7 +306,10 @@ def _describe(home: Path, mark: str, temp: Path) -> Cluster:
     address = (temp / "ray_current_cluster").read_text(encoding="ascii").strip()
     cluster = Cluster(mark, address, str(temp), must_live, str(home))
     try:
-        _until_it_answers(cluster)
+        if not _until_it_answers(cluster):
+            raise LaunchError(
+                "This machine's Ray cluster ended as soon as it began.", todo=f"see {temp}/session_latest/logs"
+            )
     except LaunchError:
         _end_marked(mark)
         raise

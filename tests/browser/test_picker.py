@@ -17,7 +17,15 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.mongod]
 if CHROMIUM is None:
     pytestmark.append(pytest.mark.skip(reason="no Chromium on this machine: apt-get install chromium"))
 
-CELLS = ["%load_ext llmnb", "c = %llm_connect", "%llm_checkpoints", "import sys; print('torch' in sys.modules)"]
+# A chat that a busy machine draws four seconds after it was asked for.
+LATE = """import threading; from llmnb.notebook.picker import PickerView; ask = PickerView._ask
+PickerView._ask = lambda self, names: threading.Timer(4.0, ask, (self, names)).start()"""
+CELLS = [
+    f"%load_ext llmnb\n{LATE}",
+    "c = %llm_connect",
+    "%llm_checkpoints",
+    "import sys; print('torch' in sys.modules)",
+]
 ROWS = "(n) => +(document.querySelector('.llmnb-picker-box')?.dataset.rows || 0) === n"
 RESULT = "(t) => document.querySelector('.llmnb-picker-result')?.textContent.includes(t)"
 ANSWERING = """(names) => {
@@ -195,8 +203,9 @@ def test_checkpoints_are_listed_merged_exported_and_removed_with_the_keyboard(dr
         keys.press("Enter")
         page.until(ROWS, 30, 4)
         assert [c.step for c in db.checkpoints(lora)] == [2, 4, 6]
+        page.until("() => document.querySelector('.llmnb-picker-box[data-busy=false]')", 30)
 
-        # one and the base, or more than one, are compared in a chat below
+        # one and the base, or more than one, are compared in a chat below, also when the chat is slow to be drawn
         box.locator(f'tr[data-name="{lora}/2"]').click()
         box.get_by_role("button", name="Compare with base").click()
         page.until("() => document.activeElement?.closest('.llmnb-chat')", 30)

@@ -3,6 +3,7 @@
 
 const MOST = 4; // answers side by side
 const HEARD_WITHIN = 3000; // milliseconds that a choice needs to the kernel and back, at most
+const DRAWN_WITHIN = 30000; // milliseconds that a chat needs to its first drawing, at most
 const LOOK_EVERY = 10000; // milliseconds; a run that goes on saves checkpoints
 
 function ago(seconds) {
@@ -25,7 +26,7 @@ const HELP = {
 
 class View {
   constructor(el, model, shared) {
-    Object.assign(this, { el, model, shared, rows: new Map(), form: "", sure: false, asking: false, at: "" });
+    Object.assign(this, { el, model, shared, rows: new Map(), form: "", sure: false, asking: null, at: "" });
     this.root = element("div", "llmnb-picker-box", { role: "group", "aria-label": "Checkpoints" });
     this.build();
     this.el.append(this.root);
@@ -230,15 +231,18 @@ class View {
     if (action === "evaluate") return this.act({ kind: "evaluate", names }, "Evaluating");
     const asked = action === "compare" && names.length === 1 ? ["base", ...names] : names;
     this.act({ kind: "chat", names: asked }, "Opening the chat …");
-    this.asking = true;
+    this.asking = document.activeElement;
   }
 
-  // The person goes on in the chat, wherever it stands in the same output.
-  goOn(tries = 30) {
+  // The person goes on in the chat, wherever it stands in the same output: as soon as it can take the focus, unless the
+  // person types or chooses somewhere else by then. (Lab itself moves the focus to a cell or the notebook as it likes.)
+  goOn(from, until = performance.now() + DRAWN_WITHIN) {
+    const at = document.activeElement;
+    if (at !== from && at?.matches("input, select, textarea, [contenteditable=true]")) return;
     const prompt = this.root.closest(".jp-OutputArea, .cell-output, body").querySelector(".llmnb-chat textarea");
-    if (!prompt) return void (tries && setTimeout(() => this.goOn(tries - 1), 100));
-    prompt.scrollIntoView({ block: "nearest" });
-    prompt.focus({ preventScroll: true });
+    prompt?.focus({ preventScroll: true });
+    if (prompt && document.activeElement === prompt) prompt.scrollIntoView({ block: "nearest" });
+    else if (performance.now() < until) setTimeout(() => this.goOn(from, until), 100);
   }
 
   act(message, words) {
@@ -366,8 +370,9 @@ class View {
       if (this.stop.getAttribute("aria-disabled") !== "true") say(this.stop, busy.stops || "");
     } else this.stop.removeAttribute("aria-disabled");
     if (this.asking && !busy) {
-      this.asking = false;
-      if (!result) this.goOn();
+      const from = this.asking;
+      this.asking = null;
+      if (!result) this.goOn(from);
     }
     say(this.fault, (result && result.fault) || "");
     this.result.hidden = !result || Boolean(result.fault);

@@ -161,7 +161,8 @@ def test_nothing_changed_is_said_briefly(session, db, page, three):
     before = len(page.messages)
     hears(found, "look")
     settled(found)
-    assert [m["kind"] for m in page.messages[before:]] == ["same"]
+    assert [m["kind"] for m in page.messages[before:]] == ["now", "same"]
+    assert page.told("now")["busy"] is None, "a page that takes something to be done hears that it is not"
 
 
 def test_chat_and_compare_reach_the_chat(session, db, page, three):

@@ -2,8 +2,10 @@
 
 The page says ``ready``, ``look``, ``choose``, and what to do: ``chat``, ``evaluate``, ``merge``, ``export``,
 ``remove``, ``stop``. The picker says ``list`` (rows), ``doing`` (what is being done, what came of the last thing) and,
-at each ``ready``, ``all`` of it, so that a page that is loaded again shows what it showed before. Whatever reads the
-database or takes longer runs on a thread that ends when nothing is left to do. The widget's state holds nothing.
+at each ``ready``, ``all`` of it, so that a page that is loaded again shows what it showed before. It answers a ``look``
+at once with what it is doing ``now``: a page that takes something to be done finds out that the kernel never heard of
+it. Whatever reads the database or takes longer runs on a thread that ends when nothing is left to do. The widget's
+state holds nothing.
 """
 
 from __future__ import annotations
@@ -106,6 +108,7 @@ class Picker:
                 self._tell("all", list=self._list, doing=self._doing(), chosen=self._chosen, filter=self._filter)
                 self.refresh()
             elif kind == "look":
+                self._tell("now", **self._doing())
                 self.refresh()
             elif kind == "choose":
                 self._chosen = [str(name) for name in message.get("names", ())]

@@ -4,6 +4,7 @@
 const MOST = 4; // answers side by side
 const HEARD_WITHIN = 3000; // milliseconds that a choice needs to the kernel and back, at most
 const DRAWN_WITHIN = 30000; // milliseconds that a chat needs to its first drawing, at most
+const LOST_AFTER = 60000; // milliseconds without an answer to a look until another is sent
 const LOOK_EVERY = 10000; // milliseconds; a run that goes on saves checkpoints
 
 function ago(seconds) {
@@ -247,6 +248,7 @@ class View {
 
   act(message, words) {
     if (!this.send(message)) return;
+    Object.assign(this.shared, { unheard: true, asks: false });
     Object.assign(this.shared.doing, { busy: { words, now: "", began: this.now(), stops: "" }, result: null });
     this.shared.draw();
   }
@@ -390,13 +392,13 @@ class View {
 }
 
 export default () => {
-  const shared = { list: { rows: null, more: 0, trouble: "", experiment: null }, doing: { busy: null, result: null }, chosen: [], filter: "", told: Date.now() / 1000, heard: performance.now(), waits: false, chose: 0, views: new Set() };
+  const shared = { list: { rows: null, more: 0, trouble: "", experiment: null }, doing: { busy: null, result: null }, chosen: [], filter: "", told: Date.now() / 1000, heard: performance.now(), waits: -Infinity, asks: false, unheard: false, chose: 0, views: new Set() };
   shared.draw = () => shared.views.forEach((view) => view.draw());
   const take = ({ kind, content }) => {
     if (!content) return;
     Object.assign(shared, { told: content.now, heard: performance.now() });
     if (kind === "all") {
-      Object.assign(shared, { list: content.list, doing: content.doing });
+      Object.assign(shared, { list: content.list, doing: content.doing, unheard: false });
       // What the kernel said before it heard of the newest choice must not take it back.
       if (Date.now() - shared.chose > HEARD_WITHIN) Object.assign(shared, { chosen: content.chosen, filter: content.filter });
     }
@@ -404,8 +406,13 @@ export default () => {
       shared.list = content;
       const there = new Set((content.rows || []).map((row) => row.name));
       shared.chosen = shared.chosen.filter((name) => there.has(name));
-    } else if (kind === "doing") shared.doing = { busy: content.busy, result: content.result };
-    if (kind !== "doing") shared.waits = false;
+    } else if (kind === "doing" || (kind === "now" && shared.asks && !content.busy !== !shared.doing.busy)) {
+      // A connection that broke may have lost what was pressed, or what came of it.
+      const lost = kind === "now" && shared.unheard && !content.busy;
+      if (lost) shared.views.forEach((view) => Object.assign(view, { note: "The kernel did not hear that: press again.", asking: null }));
+      Object.assign(shared, { unheard: false, doing: { busy: content.busy, result: content.result } });
+    }
+    if (kind === "all" || kind === "list" || kind === "same") shared.waits = -Infinity;
     shared.draw();
   };
   return {
@@ -420,8 +427,9 @@ export default () => {
       model.send({ kind: "ready" });
       // One question at a time: a kernel that is busy must not find a hundred of them.
       const timer = setInterval(() => {
-        if (shared.waits || document.hidden || !view.root.isConnected || view.root.offsetParent === null) return;
-        shared.waits = view.send({ kind: "look" });
+        if (performance.now() - shared.waits < LOST_AFTER || document.hidden || !view.root.isConnected || view.root.offsetParent === null) return;
+        if (!view.send({ kind: "look" })) return;
+        Object.assign(shared, { waits: performance.now(), asks: true }); // what was pressed before is heard before it
       }, LOOK_EVERY);
       return () => {
         clearInterval(timer);

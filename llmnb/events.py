@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 __all__ = ["CheckpointSaved", "Event", "Metric", "Note", "StateChanged", "from_dict"]
 
 E = TypeVar("E", bound="Event")
+_MOST = 2**63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,18 @@ class Metric(Event):
     step: int
     epoch: float | None = None
     values: Mapping[str, float]
+
+    def numbers(self) -> tuple[float, ...] | None:
+        """(seq, time, step, epoch, the values …), or None when one of them cannot be written down as it is.
+
+        It can when it is one of Python's own numbers, finite and of 64 bits.
+        """
+        found: tuple[Any, ...] = (self.seq, self.time, self.step, self.epoch, *self.values.values())
+        for number in found:  # a loop: this is on the training's thread
+            kind = type(number)
+            if (kind is not float and kind is not int) or not -_MOST < number < _MOST:
+                return None
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

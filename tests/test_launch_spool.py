@@ -46,6 +46,7 @@ NUMBERS = st.one_of(st.floats(), st.integers(), st.booleans(), st.sampled_from([
 @given(st.dictionaries(st.text(), NUMBERS), st.one_of(st.none(), st.floats(), st.integers()), st.floats(0, 1e12))
 @example({"loss": 1.0}, math.nan, 0.0)
 @example({"loss": -math.inf}, 0.5, 0.0)
+@example({"50 %s": 1.0, '"': 2.0}, 0.5, 0.0)
 def test_a_metrics_line_is_what_json_would_write(values, epoch, when):
     event = Metric(step=3, seq=7, epoch=epoch, values=values, time=when)
     line = room._line(event)
@@ -267,6 +268,21 @@ def test_an_event_that_cannot_be_stored_does_not_hold_up_the_others(tmp_path):
     assert Shipper(spool, sink).close(10)
     assert sorted(stored) == [1, 2, 3, 4, 5]
     assert "could not be stored" in stored[3].text
+
+
+def test_after_a_flush_events_still_go_in_batches(tmp_path):
+    """One at a time, each would cost the training's process a millisecond."""
+    batches = []
+    spool = Spool(tmp_path / "events.jsonl")
+    shipper = Shipper(spool, batches.append)
+    for step in range(8):  # until the first words are over
+        spool.say(metric(step))
+        assert shipper.flush(10)
+    del batches[:]
+    for step in range(20):
+        spool.say(metric(step))
+        time.sleep(0.01)
+    assert shipper.close(10) and sum(map(len, batches)) == 20 and len(batches) < 8
 
 
 def test_an_event_costs_the_training_thread_little(tmp_path):

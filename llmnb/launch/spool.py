@@ -33,6 +33,7 @@ __all__ = ["Shipper", "Spool", "read"]
 # Events kept in memory for the shipper. Older ones that are safe on disk are read back from there, so that a
 # database which is away for a day costs disk, not memory.
 _IN_MEMORY = 5_000
+_FLOOD = 50  # events between two batches, from where they may be twice as far apart
 
 
 def _plain(value: Any) -> Any:
@@ -49,19 +50,17 @@ def _plain(value: Any) -> Any:
 _encode = json.JSONEncoder(default=_plain, separators=(",", ":")).encode
 
 
-_name = functools.lru_cache(_encode)  # of a value: a run has a handful
+@functools.lru_cache  # a run says a handful of sets of names
+def _form(names: tuple[str, ...]) -> str:
+    values = ",".join([_encode(name).replace("%", "%%") + ":%r" for name in names])
+    return f'{{"kind":"metric","seq":%r,"time":%r,"step":%r,"epoch":%r,"values":{{{values}}}}}\n'
 
 
 def _line(event: Event) -> bytes:
     # Not ``to_dict``: its deep copy costs more than the write. NaN and Infinity are words that ``json`` reads back.
-    if type(event) is Metric:
-        values = event.values
-        numbers: tuple[Any, ...] = (event.epoch, *values.values())
-        if all(type(v) in (int, float) and v - v == 0 for v in numbers):  # finite ones
-            # What a run says most, and on the training's thread: half the time of ``json``, for the same words.
-            told = ",".join([f"{_name(name)}:{value!r}" for name, value in values.items()])
-            head = f'"kind":"metric","seq":{event.seq},"time":{event.time!r},"step":{event.step}'
-            return f'{{{head},"epoch":{event.epoch!r},"values":{{{told}}}}}\n'.encode()
+    if type(event) is Metric and (numbers := event.numbers()) is not None:
+        # What a run says most, and on the training's thread: a third of the time of ``json``, for the same words.
+        return (_form(tuple(event.values)) % numbers).encode()
     return (_encode({"kind": event.kind, **event.__dict__}) + "\n").encode()
 
 
@@ -263,7 +262,7 @@ class Shipper:
         spool: where the events are.
         sink: takes a batch; must not mind an event it has already. While it raises, the shipper waits and tries again.
         start_after: the newest number that the sink has already.
-        every: seconds between batches when events keep coming.
+        every: seconds between batches when events keep coming; twice that when they come by the hundred a second.
         longest: the longest pause between two tries, seconds.
         describe: turns an exception of the sink into a text without secrets.
     """
@@ -308,8 +307,9 @@ class Shipper:
             while self._shipped < target and self._thread.is_alive():
                 left = end - time.monotonic()
                 if left <= 0:
-                    return False
+                    break
                 self._moved.wait(min(left, 0.5))
+        self._hurry.clear()
         return self._shipped >= target
 
     def close(self, timeout: float = 30.0) -> bool:
@@ -337,7 +337,8 @@ class Shipper:
                 pause = 0.1
                 if self._spool.last_seq > self._shipped:
                     self._spool.said.set()
-                every = min(every * 2, self._every)  # a run's first words are waited for
+                # A run's first words are waited for; of a flood, fewer and larger batches cost the training less.
+                every = min(every * 2, self._every * (2 if len(events) > _FLOOD else 1))
                 self._hurry.wait(every)
             else:
                 self._closing.wait(pause)

@@ -65,21 +65,20 @@ class Events:
         if attempt is not None and not self._runs.holds(run, attempt):
             return
         while waiting:
-            ids = [_key(run, seq) for seq in waiting]
-            for record in self._table.find({"_id": {"$in": ids}}, {"seq": 1}):
-                waiting.pop(record["seq"], None)
             try:
-                if waiting:
-                    self._table.insert_many([self._record(run, event) for event in waiting.values()])
-            except Duplicate:  # another sender is at it with the same events; look again
-                continue
-            break
+                self._table.insert_many([self._record(run, event) for event in waiting.values()])
+                break
+            except Duplicate:  # sent before, or by another sender who is at it now: what is there is not sent again
+                ids = [_key(run, seq) for seq in waiting]
+                for record in self._table.find({"_id": {"$in": ids}}, {"seq": 1}):
+                    waiting.pop(record["seq"], None)
         self._runs.saw(run, newest)
 
     @staticmethod
     def _record(run: str, event: Event) -> dict[str, Any]:
         # Not ``to_dict``: ``plain`` copies, too, and this runs beside every training.
-        return {"_id": _key(run, event.seq), "run": run, "kind": event.kind, **plain(event.__dict__)}
+        told = event.__dict__ if type(event) is Metric and event.numbers() else plain(event.__dict__)
+        return {"_id": _key(run, event.seq), "run": run, "kind": event.kind, **told}
 
     def since(self, run: str, seq: int = 0, limit: int = 0, kinds: Iterable[str] | None = None) -> list[Event]:
         """Events after ``seq``, in order; at most ``limit`` (0: all); of some kinds only, when given."""

@@ -177,7 +177,7 @@ class Runs:
 
     def holds(self, id: str, attempt: int) -> bool:
         """True while the run is in this attempt: nobody has taken it over."""
-        return self._table.count(_only(id, attempt)) > 0
+        return bool(self._table.find(_only(id, attempt), {"_id": 1}, limit=1))  # half the time of a count
 
     def beat(self, id: str, attempt: int | None = None) -> bool:
         """Says that the run's worker lives. False when its attempt is over, or the run gone: it should end."""

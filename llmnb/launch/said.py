@@ -35,7 +35,8 @@ class Said:
     def knows(self, event: Event) -> bool:
         """True when the event would repeat what was said."""
         if isinstance(event, Metric):
-            return event.values.keys() <= self._numbers.get(event.step, frozenset())
+            known = self._numbers.get(event.step)
+            return known is not None and event.values.keys() <= known
         if isinstance(event, CheckpointSaved):
             return (event.step, event.digest) in self._checkpoints
         return isinstance(event, Note) and event.text in self._notes

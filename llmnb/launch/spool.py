@@ -33,7 +33,7 @@ __all__ = ["Shipper", "Spool", "read"]
 # Events kept in memory for the shipper. Older ones that are safe on disk are read back from there, so that a
 # database which is away for a day costs disk, not memory.
 _IN_MEMORY = 5_000
-_FLOOD = 50  # events between two batches, from where they may be twice as far apart
+_FLOOD = 50  # events in a batch, from where the next may come four times as late
 
 
 def _plain(value: Any) -> Any:
@@ -262,7 +262,7 @@ class Shipper:
         spool: where the events are.
         sink: takes a batch; must not mind an event it has already. While it raises, the shipper waits and tries again.
         start_after: the newest number that the sink has already.
-        every: seconds between batches when events keep coming; twice that when they come by the hundred a second.
+        every: seconds between batches when events keep coming; up to four times that when they come by the hundred.
         longest: the longest pause between two tries, seconds.
         describe: turns an exception of the sink into a text without secrets.
     """
@@ -338,8 +338,9 @@ class Shipper:
                 if self._spool.last_seq > self._shipped:
                     self._spool.said.set()
                 # A run's first words are waited for; of a flood, fewer and larger batches cost the training less.
-                every = min(every * 2, self._every * (2 if len(events) > _FLOOD else 1))
-                self._hurry.wait(every)
+                every = min(every * 2, self._every * (4 if len(events) > _FLOOD else 1))
+                if len(events) < self._batch:  # all of them, when it looked
+                    self._hurry.wait(every)
             else:
                 self._closing.wait(pause)
                 pause = min(pause * 2, self._longest)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import resource
@@ -278,7 +277,11 @@ def importing(known: argparse.Namespace) -> None:
 
 
 def log(uri: str, home: Path, known: argparse.Namespace) -> None:
-    """In this process, with the worker's own spool and shipper."""
+    """In this process, with the worker's own spool and shipper.
+
+    What is said is sent before the next block begins: by the wall that is a pause between the two, and its CPU time is
+    of the block that said it.
+    """
     import psutil
     from tiny import make_model
 
@@ -288,22 +291,32 @@ def log(uri: str, home: Path, known: argparse.Namespace) -> None:
 
     base = str(make_model("llama", home / "small", hidden_size=32, intermediate_size=32, num_hidden_layers=1))
     steps = known.events * 3 // 2 // BLOCK * BLOCK
-    marks: list[tuple[float, float, float]] = []  # at the beginning of each block: wall, CPU, MB
+    took: dict[str, list[float]] = {"wall": [], "CPU": []}
+    memory: list[float] = []  # MB at the beginning of each block
 
     with open_store(uri, home=home) as store:
         mouth = Told(store, "long", home)
 
         def say(event: Any) -> None:
-            if len(marks) % 3:
+            if len(memory) % 3:
                 mouth.say(event)
 
         from transformers import TrainerCallback
 
         class Mark(TrainerCallback):
+            began: tuple[float, float]
+
             def on_step_begin(self, args: Any, state: Any, *more: Any, **kwargs: Any) -> None:
-                if state.global_step % BLOCK == 0:
-                    memory = psutil.Process().memory_full_info().uss / 1e6
-                    marks.append((time.perf_counter(), time.process_time(), memory))
+                if state.global_step % BLOCK:
+                    return
+                ended = time.perf_counter()
+                while mouth.shipper.shipped < mouth.spool.last_seq:
+                    time.sleep(0.02)
+                if memory:
+                    took["wall"].append(ended - self.began[0])
+                    took["CPU"].append(time.process_time() - self.began[1])
+                memory.append(psutil.Process().memory_full_info().uss / 1e6)
+                self.began = time.perf_counter(), time.process_time()
 
         options = arguments(steps, logging_steps=1, save_strategy="no", per_device_train_batch_size=1)
         config = TrainConfig(key="text", max_seq_length=16, max_cut_share=1.0, lora_dropout=0.0, arguments=options)
@@ -312,20 +325,16 @@ def log(uri: str, home: Path, known: argparse.Namespace) -> None:
         spec = ModelSpec(model_name_or_path=base)
         train(spec, config, {"train": lambda: ROWS}, hooks, workdir=home / "long", trainer_kwargs=kwargs)
         print(f"{steps} steps, {mouth.close()} events in the database")
-    for at, clock in enumerate(("wall", "CPU")):
-        took = [b[at] - a[at] for a, b in itertools.pairwise(marks)]
-        quiet = [i for i in range(2, len(took) - 1, 3)]
-        told(f"a step of the long run, {clock}", [seconds / BLOCK * 1e3 for seconds in took], "ms")
-        ratios = [(took[i - 1] + took[i + 1]) / 2 / took[i] for i in quiet]
+    for clock, seconds in took.items():
+        quiet = range(2, len(seconds) - 1, 3)
+        told(f"a step of the long run, {clock}", [block / BLOCK * 1e3 for block in seconds], "ms")
+        ratios = [(seconds[i - 1] + seconds[i + 1]) / 2 / seconds[i] for i in quiet]
         if len(ratios) > 1:
             middle = statistics.quantiles(ratios, n=4)
             told(f"blocks that say every step / blocks that say nothing, {clock}", middle, "x", "goal ≤ 1.02")
-    tenth = len(marks) // 10
-    grown = marks[-1][2] - marks[tenth][2]
-    a_step = grown * 1e6 / (BLOCK * (len(marks) - 1 - tenth))
-    print(
-        f"memory after a tenth {marks[tenth][2]:.0f} MB, at the end {marks[-1][2]:.0f} MB: {a_step:+.0f} bytes a step"
-    )
+    tenth = len(memory) // 10
+    a_step = (memory[-1] - memory[tenth]) * 1e6 / (BLOCK * (len(memory) - 1 - tenth))
+    print(f"memory after a tenth {memory[tenth]:.0f} MB, at the end {memory[-1]:.0f} MB: {a_step:+.0f} bytes a step")
 
 
 def main() -> None:

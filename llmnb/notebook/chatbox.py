@@ -251,6 +251,8 @@ class ChatBox:
         elif kind == "ask":
             self._at_once(lambda: self.ask(str(message.get("text") or "")))
         elif kind == "stop":
+            if self._phase == "idle":  # the page takes something to be answered that was lost on its way
+                self._all()
             self.stop()
         elif kind == "new":
             self._at_once(self.new)

@@ -56,9 +56,14 @@ def trained(mongo_uri, tmp_path):
     db.close()
 
 
+# A broken connection: one question never reaches the kernel.
+LOST = """from llmnb.notebook.chatbox import ChatBox; heard = ChatBox._heard
+ChatBox._heard = lambda self, w, m, b: "lost" in str(m.get("text")) and m["kind"] == "ask" or heard(self, w, m, b)"""
+
+
 def cells(run):
     return [
-        "%load_ext llmnb",
+        f"%load_ext llmnb\n{LOST}",
         "db = %llm_connect",
         f"%%llm_chat --compare base {run}/20 --max_new_tokens 60\n{QUESTION}",
         f"%%llm_chat {LONG}\none two three",
@@ -104,6 +109,7 @@ def test_the_chat_from_first_question_to_a_file_without_kernel(driver, tmp_path,
         page.run(1)
         asked_in_a_cell(page, run, tmp_path)
         goes_on_below(page)
+        is_lost(page)
         is_stopped(page)
         chat = settings_and_choice(page, run)
         killed_and_released(page, chat, db)
@@ -168,6 +174,20 @@ def goes_on_below(page):
     chat.box.locator(".llmnb-turn").nth(2).wait_for()
     chat.phase("idle")
     assert "the model takes 8192" in chat.notes()[1] and "To do" in chat.notes()[1]
+
+
+def is_lost(page):
+    """A question that the kernel never heard comes back, with its words."""
+    chat = Chat(page, 2)
+    turns = chat.box.locator(".llmnb-turn").count()
+    chat.ask("Is this lost?")
+    chat.phase("answering")
+    chat.box.get_by_role("button", name="Stop", exact=True).click()
+    chat.phase("idle")
+    chat.says("did not hear the question")
+    prompt = chat.box.get_by_role("textbox", name="Question")
+    assert prompt.input_value() == "Is this lost?" and chat.box.locator(".llmnb-turn").count() == turns
+    prompt.fill("")
 
 
 def is_stopped(page):

@@ -345,8 +345,10 @@ export default () => {
   shared.draw = () => shared.views.forEach((view) => view.draw());
   const take = ({ kind, content }) => {
     if (kind === "all") {
-      if (shared.asked && !content.draft) shared.views.forEach((view) => view.clear());
-      Object.assign(shared, content, { heard: true, asked: "" });
+      const lost = shared.asked && content.phase === "idle" && content.turns.at(-1)?.prompt !== shared.asked;
+      if (shared.asked && !content.draft && !lost) shared.views.forEach((view) => view.clear());
+      const back = lost ? { draft: shared.asked, said: "The kernel did not hear the question: ask it again.", trouble: "" } : {};
+      Object.assign(shared, content, { heard: true, asked: "" }, back);
     } else if (!shared.heard) return;
     else if (kind === "state") {
       const late = shared.asked && !content.trouble && content.phase === "idle"; // said before the question was heard

@@ -172,7 +172,7 @@ class View {
     const names = new Set((this.shared.list.rows || []).filter((row) => !filter || row.experiment === filter).map((row) => row.name));
     this.shared.chosen = chosen.filter((name) => names.has(name));
     Object.assign(this.shared, { filter, chose: Date.now() });
-    this.sure = false;
+    Object.assign(this, { sure: false, note: "" });
     this.fold();
     this.send({ kind: "choose", names: this.shared.chosen, filter });
     this.shared.draw();

@@ -109,7 +109,7 @@ def test_the_chat_from_first_question_to_a_file_without_kernel(driver, tmp_path,
         page.run(1)
         asked_in_a_cell(page, run, tmp_path)
         goes_on_below(page)
-        is_lost(page)
+        is_lost(page, tmp_path)
         is_stopped(page)
         chat = settings_and_choice(page, run)
         killed_and_released(page, chat, db)
@@ -176,7 +176,7 @@ def goes_on_below(page):
     assert "the model takes 8192" in chat.notes()[1] and "To do" in chat.notes()[1]
 
 
-def is_lost(page):
+def is_lost(page, tmp_path):
     """A question that the kernel never heard comes back, with its words."""
     chat = Chat(page, 2)
     turns = chat.box.locator(".llmnb-turn").count()
@@ -187,6 +187,7 @@ def is_lost(page):
     chat.says("did not hear the question")
     prompt = chat.box.get_by_role("textbox", name="Question")
     assert prompt.input_value() == "Is this lost?" and chat.box.locator(".llmnb-turn").count() == turns
+    page.picture(tmp_path / "chat_lost.png")
     prompt.fill("")
 
 

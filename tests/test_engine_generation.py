@@ -55,6 +55,14 @@ def test_only_the_new_text(answerer):
     assert answerer.answer([QUESTION]) == [ANSWER]  # it ends at the end of the turn, far before 256 tokens
 
 
+def test_what_was_trained_on_chats_ends_its_turn_after_a_raw_text_too(answerer):
+    """As its merge does, whose ``generation_config`` has the end of turn."""
+    raw = answerer.tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+    assert answerer.answer([raw]) == ["".join(answerer.stream(raw))] == [ANSWER]
+    answerer.swap(None)
+    assert answerer._stops(False) == ([answerer.tokenizer.eos_token_id], [])
+
+
 def test_a_batch_answers_as_each_alone(answerer):
     prompts = ["the cat", "one two three four five six seven eight", QUESTION, "a", [*QUESTION], "red green blue " * 4]
     alone = [answerer.answer([prompt], max_new_tokens=9)[0] for prompt in prompts]

@@ -11,7 +11,7 @@ from llmnb import LLMTrainer
 from llmnb.chat_templates import PRESETS
 from llmnb.config import TrainConfig
 from llmnb.engine.rows import make_rows
-from llmnb.engine.templates import ChatTemplate, chat_ids, prompt_ids
+from llmnb.engine.templates import ChatTemplate, begins_as_trained, chat_ids, prompt_ids
 from llmnb.errors import ConfigError, DataError
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -131,6 +131,45 @@ def test_trap03_one_bos_in_prompt_ids_and_text_rows(family):
 def test_a_template_without_bos_is_given_the_tokenizers_and_it_is_said():
     _, _, report = row_of(CHAT, make_tokenizer(ZEPHYR))
     assert any("writes no BOS" in note for note in report.notes)
+
+
+def sent(messages, tokenizer):
+    """What transformers, TRL and servers make of a chat that waits for an answer."""
+    return tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)["input_ids"]
+
+
+@by_family
+def test_trap03_the_saved_template_alone_gives_the_trained_ids(family):
+    """Its BOS included, and not twice, for whoever has no ``llmnb``; and a training from what was saved has one BOS."""
+    tokenizer = make_tokenizer(family)
+    saved = begins_as_trained(tokenizer)
+    assert (saved is tokenizer) is (family is not ZEPHYR), "only what lacks the BOS is changed"
+    assert tokenizer.chat_template == family.template, "a copy is changed"
+    for messages in chats_of(family):
+        *trained, report = row_of(messages, tokenizer)
+        asked = chat_ids(messages[:-1], tokenizer)
+        assert asked == chat_ids(messages[:-1], saved) == trained[0][: len(asked)]
+        assert row_of(messages, saved)[:2] == tuple(trained)
+        if not any("tokenised apart" in note for note in report.notes):
+            assert sent(messages[:-1], saved) == asked
+        ask = messages[: 1 + (messages[0] is SYSTEM)]
+        assert sent(ask, saved) == chat_ids(ask, tokenizer)
+    assert begins_as_trained(saved) is saved
+
+
+TWICE = "{% if messages[0]['role'] == 'system' %}{{ bos_token }}{% endif %}" + ZEPHYR.template
+NAMED = {"default": ZEPHYR.template, "tool_use": "{{ bos_token }}" + ZEPHYR.template}
+
+
+def test_a_bos_is_written_where_it_can_be_and_nowhere_else():
+    indented = begins_as_trained(make_tokenizer(ZEPHYR, template="  " + ZEPHYR.template))
+    assert sent(CHAT[:1], indented) == chat_ids(CHAT[:1], make_tokenizer(ZEPHYR))
+    sometimes = make_tokenizer(ZEPHYR, template=TWICE)
+    assert begins_as_trained(sometimes) is sometimes, "there would be two in a chat with a system message"
+    bare = make_tokenizer(ZEPHYR, template=None)
+    assert begins_as_trained(bare) is bare
+    named = begins_as_trained(make_tokenizer(ZEPHYR, template=NAMED))
+    assert named.chat_template == {"default": NAMED["tool_use"], "tool_use": NAMED["tool_use"]}
 
 
 MARKED = CHATML.template.replace(

@@ -228,9 +228,6 @@ said = []
 for prompt in prompts:
     ask = [{"role": "user", "content": prompt}]
     ids = tokenizer.apply_chat_template(ask, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    if tokenizer.bos_token_id is not None and ids["input_ids"][0, 0] != tokenizer.bos_token_id:
-        text = tokenizer.apply_chat_template(ask, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, return_tensors="pt")
     new = model.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1]:]
     said.append(tokenizer.decode(new, skip_special_tokens=True))
 print(json.dumps(said))

@@ -82,10 +82,9 @@ class Answerer:
         model.requires_grad_(False)
         self._loaded = spec.model_name_or_path
         fingerprint = bases.fingerprint(spec.model_name_or_path, **bases.where(spec.model_kwargs))
-        recorded = (
-            manifest.read(spec.model_name_or_path).get("prompt_template") if Path(self._loaded).is_dir() else None
-        )
-        self._voice = Voice(tokenizer, template_of(spec, recorded), bases.vocabulary_rows(model))
+        card = manifest.read(self._loaded) if Path(self._loaded).is_dir() else {}
+        template, turns = template_of(spec, card.get("prompt_template")), card.get("rows_kind") == "messages"
+        self._voice = Voice(tokenizer, template, bases.vocabulary_rows(model), turns)
         self._voices = Voices(spec, model, self._voice, fingerprint)
 
     @property
@@ -349,7 +348,7 @@ class Answerer:
         from .templates import stops
 
         own = getattr(self._model.generation_config, "eos_token_id", None)
-        return stops(self._voice.tokenizer, own, chat)
+        return stops(self._voice.tokenizer, own, chat or self._voice.turns)
 
 
 def _groups(order: Sequence[int], chats: Sequence[bool], size: int) -> Iterator[list[int]]:

@@ -18,6 +18,7 @@ from ..folders import new_folder, place, room
 from . import adapters, bases, manifest
 from .memory import forget, give_back
 from .proof import MergeReport, Probe
+from .templates import begins_as_trained
 
 __all__ = ["BOUNDS", "merge"]
 
@@ -168,6 +169,9 @@ class _Merge:
         model, _ = bases.load_base(spec, bits=bits)
         tokenizer = bases.load_tokenizer(spec, self.folder)
         bases.ensure_pad(tokenizer, None)
+        if self.card.get("rows_kind") == "messages":
+            tokenizer = begins_as_trained(tokenizer)  # an adapter of an earlier version may not
+            self.card["chat_template"] = tokenizer.chat_template
         if self.card.get("vocabulary"):
             bases.fit_vocabulary(model, tokenizer, rows=self.card["vocabulary"])
         return model.eval(), tokenizer

@@ -19,13 +19,14 @@ from typing import Any
 from ..errors import DataError
 from .encoding import Encoder, fill_prompt
 
-__all__ = ["ChatTemplate", "Chat", "chat_ids", "prompt_ids", "stops", "tools_of"]
+__all__ = ["ChatTemplate", "Chat", "begins_as_trained", "chat_ids", "prompt_ids", "stops", "tools_of"]
 
 Message = Mapping[str, Any]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ASK, _SAY = "qzxjkvq", "wvkjxzw"  # words that no template writes
 _MARK = "wvkjxzw{0}w"
+_MARGIN = re.compile(r"\A[ \t]+(?=\{[%#])")  # not rendered at the start of a line, but behind other text
 
 
 @dataclass(frozen=True)
@@ -335,6 +336,46 @@ def prompt_ids(text: str, tokenizer: Any, prompt_template: str = "{input}") -> l
     """Ids of a prompt that waits for its response: exactly those that a training row of the same prompt begins with."""
     encoder = Encoder(tokenizer)
     return [int(i) for i in encoder.start(encoder.ids(fill_prompt(prompt_template, text)))[0]]
+
+
+def begins_as_trained(tokenizer: Any) -> Any:
+    """A tokenizer whose chat template writes the start (usually the BOS) that each of our rows has.
+
+    Whoever reads what is saved takes a chat's ids from its template alone: ``apply_chat_template(tokenize=True)`` adds
+    no special token. Our own ids stay as they are, since ``Encoder.start`` keeps exactly one start.
+
+    Returns:
+        ``tokenizer`` itself where nothing is missing, or where writing the start would not give the trained ids; else a
+        shallow copy.
+    """
+    own = getattr(tokenizer, "chat_template", None)
+    encoder = Encoder(tokenizer)
+    if not own or not encoder.prefix:
+        return tokenizer
+    if isinstance(own, Mapping):
+        template: Any = {name: _begun(tokenizer, encoder, str(text)) for name, text in own.items()}
+    else:
+        template = _begun(tokenizer, encoder, own)
+    if template == own:
+        return tokenizer
+    other = copy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def _begun(tokenizer: Any, encoder: Encoder, template: str) -> str:
+    prefix = encoder.prefix
+    start = "bos_token" if prefix == (encoder.bos,) else json.dumps(tokenizer.decode(prefix))
+    begun = f"{{{{ {start} }}}}" + _MARGIN.sub("", template)
+    old, new = ChatTemplate(tokenizer, template), ChatTemplate(tokenizer, begun)
+    system, ask, say = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    for messages in ([ask], [ask, say, ask], [system, ask]):
+        before, after = (one.try_render(messages, prompt=True)[0] for one in (old, new))
+        if before is None and messages[0] is system:
+            continue
+        if before is None or after is None or encoder.ids(after) != encoder.start(encoder.ids(before))[0]:
+            return template
+    return begun
 
 
 def stops(tokenizer: Any, own: int | Sequence[int] | None, chat: bool) -> tuple[list[int], list[str]]:

@@ -203,6 +203,7 @@ class TrainingRun:
         """Rows of every set that this run reads; their counts and notes are said."""
         from .rowcache import rows_of
         from .streaming import is_streamed
+        from .templates import begins_as_trained
 
         self.tokenizer = bases.load_tokenizer(self.spec)
         if self.config.chat_template:
@@ -232,6 +233,10 @@ class TrainingRun:
         self.counts["eval_rows"] = {name: len(found) for name, found in rows.items() if name != "train"}
         if self.stream is None:
             self.counts.update(report.numbers(), rows=report.used)
+        if report.kind == "messages":
+            given, self.tokenizer = self.tokenizer, begins_as_trained(self.tokenizer)
+            if self.tokenizer is not given:
+                self._note("The chat template is saved with the BOS that rows begin with, which it did not write.")
         return rows
 
     def _stream(self, documents: Any, plan: Plan, more: Mapping[str, Any]) -> Any:

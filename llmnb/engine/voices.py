@@ -34,11 +34,13 @@ class Voice:
 
     Attributes:
         rows: ids below it are this voice's; the embeddings may have more rows, for another one.
+        turns: trained on chats, so that whatever it says ends as a turn does.
     """
 
     tokenizer: Any
     prompt_template: str
     rows: int
+    turns: bool = False
     place: _Place | None = None
     weights: dict[str, Any] = field(default_factory=dict)
     biases: dict[str, Any] = field(default_factory=dict)
@@ -126,7 +128,8 @@ class Voices:
         card = manifest.read(folder)
         tokenizer = self._tokenizer(folder)
         template = template_of(self.spec, card.get("prompt_template"))
-        voice = Voice(tokenizer, template, max(self.base.rows, int(card.get("vocabulary") or 0)))
+        rows, turns = max(self.base.rows, int(card.get("vocabulary") or 0)), card.get("rows_kind") == "messages"
+        voice = Voice(tokenizer, template, rows, turns)
         weights = adapters.read_weights(folder)
         shape = _shape(folder, weights)
         while len(self._kept) >= _KEPT:

@@ -33,6 +33,13 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+# What has the focus, what the page tells the person, and whether the kernel is there.
+_SHOWN = """() => {
+    const at = document.activeElement, kernel = window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel;
+    const told = [...document.querySelectorAll('[role=status], [role=alert], .llmnb-fault')].map((e) => e.textContent);
+    const focus = `${at.tagName} ${at.className} ${at.getAttribute('aria-label') || ''}`;
+    return JSON.stringify({focus, kernel: [kernel?.connectionStatus, kernel?.status], told: told.filter((t) => t)});
+}"""
 _OVERRIDES = {
     "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none", "autoStartDefaultKernel": True},
     "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -192,8 +199,14 @@ class Lab:
         return found.first.get_attribute(name) if found.count() else None
 
     def until(self, script: str, patience: float = 60, arg: Any = None) -> None:
-        """Waits until a JavaScript expression is true."""
-        self.page.wait_for_function(script, arg=arg, timeout=patience * 1000)
+        """Waits until a JavaScript expression is true. Else: an AssertionError that says what the page shows instead."""
+        from playwright.sync_api import TimeoutError as Late
+
+        try:
+            self.page.wait_for_function(script, arg=arg, timeout=patience * 1000)
+        except Late:
+            shown = self.page.evaluate(_SHOWN)
+            raise AssertionError(f"not within {patience:g} s: {script} of {arg!r}; the page shows {shown}") from None
 
     def picture(self, path: Path) -> Path:
         """A screenshot of the page."""

@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import checks
 from .checkpoint import Checkpoint
 from .config import ModelSpec, thaw
 from .errors import ConfigError, Fault, ModelError, near
 from .model import Model, databases, plain_kwargs
-from .trainer import LLMTrainer, model_fault
+from .trainer import LLMTrainer
 
 if TYPE_CHECKING:
     from .engine.generation import Answerer
@@ -66,7 +67,7 @@ class LLM(Model):
     ) -> None:
         trainer = more.pop("configuration", trainer)
         faults = [_unknown(name) for name in more]
-        fault = model_fault(bits)
+        fault = checks.model_fault(bits)
         if fault:
             faults.append(fault)
         if not identifier or not isinstance(identifier, str) or "/" in identifier:

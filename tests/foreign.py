@@ -31,6 +31,7 @@ PERSONS_SIDE = (
     "model.py",
     "pipelines.py",
     "trainer.py",
+    "checks.py",
     "demo",
     "series.py",
     "form",

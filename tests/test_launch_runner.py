@@ -463,7 +463,7 @@ def test_runs_of_the_real_engine_give_their_memory_back(db, home, tiny_llama, tm
     monkeypatch.delenv("PYTHONPATH")
 
     def staying() -> list[psutil.Process]:
-        """The keeper and the warm process, once the run's own process is gone: its last moments come after its state."""
+        """Keeper and warm process, once the run's own process is gone: its last moments come after its state."""
         status, found = runner.status(home), runner._marked(home)
         return found if {process.pid for process in found} == {status["keeper"], status["zygote"]} else []
 

@@ -199,7 +199,7 @@ class Lab:
         return found.first.get_attribute(name) if found.count() else None
 
     def until(self, script: str, patience: float = 60, arg: Any = None) -> None:
-        """Waits until a JavaScript expression is true. Else: an AssertionError that says what the page shows instead."""
+        """Waits until a JavaScript expression is true; else an AssertionError says what the page shows instead."""
         from playwright.sync_api import TimeoutError as Late
 
         try:

@@ -4,8 +4,9 @@
 
 ``run``: a background run through ``db.apply`` on a real mongod, with events and checkpoints, against the engine's loop
 alone over the same documents, seconds from step 10 to the last. ``event``: how long the training's thread is held by an
-event while the database answers after 20 ms (a proxy in front of mongod). ``checkpoint``: how long a step is
-held by an adapter checkpoint of 10 MB, and what a second put of the same bytes adds. ``import``: CPU seconds of
+event while the database answers after 20 ms (a proxy in front of mongod), and what a bare write and a fixed sum cost at
+the same moments: on a core that is shared with others all three rise together. ``checkpoint``: how long a step is held
+by an adapter checkpoint of 10 MB, and what a second put of the same bytes adds. ``import``: CPU seconds of
 ``import llmnb`` beyond Python's own. ``log``: a run that logs every step; every third block of 500 steps says
 nothing and is compared with its neighbours (50 pairs: each alone is some per cent off on a noisy machine). Rounds are
 interleaved, figures are medians with the least and the most, of the pairs with the middle half.
@@ -39,6 +40,7 @@ from llmnb.events import Metric
 from llmnb.query import Collection
 from llmnb.store import embedded
 
+LINE = b"x" * 150 + b"\n"  # as long as a metric's
 PARTS = ("run", "event", "checkpoint", "import", "log")
 BLOCK = 500
 DELAY_S = 0.020
@@ -207,8 +209,8 @@ class Told:
 def event(uri: str, home: Path, known: argparse.Namespace) -> None:
     from llmnb.store import open_store
 
-    wall, cpu, count = [], [], 500
-    with slowly(uri) as far, open_store(far, home=home) as store:
+    wall, cpu, bare, sums, count = [], [], [], [], 500
+    with slowly(uri) as far, open_store(far, home=home) as store, open(home / "bare.jsonl", "ab", 0) as file:
         trips = []
         for _ in range(10):
             began = time.perf_counter()
@@ -216,7 +218,7 @@ def event(uri: str, home: Path, known: argparse.Namespace) -> None:
             trips.append((time.perf_counter() - began) * 1e3)
         told("a question to the database behind the proxy", trips, "ms")
         for number in range(known.rounds):
-            mouth, took, worked = Told(store, f"event{number}", home), [], []
+            mouth, took, worked, wrote, added = Told(store, f"event{number}", home), [], [], [], []
             for step in range(count):
                 values = {"loss": 1.0, "grad_norm": 0.5, "learning_rate": 1e-4, "tokens": float(step)}
                 metric = Metric(step=step, epoch=step / 100, values=values)
@@ -225,13 +227,24 @@ def event(uri: str, home: Path, known: argparse.Namespace) -> None:
                 took.append((time.perf_counter() - began) * 1e6)
                 worked.append((time.thread_time() - busy) * 1e6)
                 time.sleep(0.005)  # a step
+                # What the machine gives at these moments: one system call, and numbers that lie in no memory.
+                began = time.perf_counter()
+                file.write(LINE)
+                wrote.append((time.perf_counter() - began) * 1e6)
+                began = time.perf_counter()
+                sum(range(1000))
+                added.append((time.perf_counter() - began) * 1e6)
+                time.sleep(0.005)
             stored = mouth.close()
             assert stored == count, f"{stored} of {count} events arrived"
-            wall.append(statistics.median(took))
-            cpu.append(statistics.median(worked))
+            for all_of_them, some in ((wall, took), (cpu, worked), (bare, wrote), (sums, added)):
+                all_of_them.append(statistics.median(some))
             print(f"  99 % within {sorted(took)[int(count * 0.99)]:.0f} µs by the wall", flush=True)
     told("an event on the training thread, 20 ms from the database, wall", wall, "µs", "goal ≤ 20")
     told("the same, CPU of the thread", cpu, "µs")
+    told("a bare write of such a line to a file, between the events", bare, "µs")
+    told("an event / a bare write", [event / write for event, write in zip(wall, bare)], "x")
+    told("a thousand additions, between the events", sums, "µs")
 
 
 def checkpoint(uri: str, home: Path, known: argparse.Namespace) -> None:

@@ -141,6 +141,10 @@ def main() -> None:
         costly.append("deepspeed")
     for name in costly:  # once, for all ranks of all tasks
         importlib.import_module(name)
+    if "offload_optimizer" in json.dumps(tasks):  # compiled on first use: minutes on a busy machine, and no rank's time
+        from deepspeed.ops.op_builder import CPUAdamBuilder
+
+        CPUAdamBuilder().load(verbose=False)
     for task in tasks:
         _one(task, Path(sys.argv[1]).parent)
 

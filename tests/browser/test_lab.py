@@ -319,7 +319,8 @@ def test_training_from_a_cell_is_seen_live(driver, tmp_path, mongo_uri, tiny_lla
         "%load_ext llmnb",
         "db = %llm_connect",
         "from llmnb import Collection\n"
-        "_ = db.execute(Collection('docs').insert_many([{'text': f'{i}+1={i + 1}'} for i in range(60)]))",
+        "rows = [{'text': f'{i}+1={i + 1}', '_fold': 'train' if i % 20 else 'valid'} for i in range(60)]\n"
+        "_ = db.execute(Collection('docs').insert_many(rows))",
         "%llm_data docs",
         f"run = %llm_train --model {tiny_llama} --identifier sums --collection docs --key text --max_steps 900 "
         "--logging_steps 1 --per_device_train_batch_size 1 --eval_strategy steps --eval_steps 300 --save_steps 300 "

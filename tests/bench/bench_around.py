@@ -5,7 +5,7 @@
 ``run``: a background run through ``db.apply`` on a real mongod, with events and checkpoints, against the engine's loop
 alone over the same documents, seconds from step 10 to the last. ``event``: how long the training's thread is held by an
 event while the database answers after 20 ms (a proxy in front of mongod), and what a bare write and a fixed sum cost at
-the same moments: on a core that is shared with others all three rise together. ``checkpoint``: how long a step is held
+the same moments: where the machine is slow all three rise together. ``checkpoint``: how long a step is held
 by an adapter checkpoint of 10 MB, and what a second put of the same bytes adds. ``import``: CPU seconds of
 ``import llmnb`` beyond Python's own. ``log``: a run that logs every step; every third block of 500 steps says
 nothing and is compared with its neighbours (50 pairs: each alone is some per cent off on a noisy machine). Rounds are

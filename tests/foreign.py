@@ -6,6 +6,7 @@ checkout away), lie in a working directory of their own, and share no environmen
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -19,7 +20,7 @@ import psutil
 
 import llmnb
 from llmnb.errors import LaunchError
-from llmnb.launch.cluster import _free_ports
+from llmnb.launch.cluster import _free_ports, _marked
 from llmnb.launch.jobs import Jobs
 
 MARK = "LLMNB_TEST_FOREIGN_CLUSTER"
@@ -118,9 +119,7 @@ class Foreign:
         command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
         command += [f"--ray-client-server-port={client}", "--dashboard-host=127.0.0.1", f"--num-cpus={cpus}"]
         command += [f"--temp-dir={self.temp}", "--disable-usage-stats", "--object-store-memory=80000000"]
-        return subprocess.run(
-            command, env=self.env, cwd=self.cwd, capture_output=True, text=True, timeout=180, check=False
-        )
+        return self._run(command, self.env, self.cwd)
 
     def join(self, home: Path, *, cpus: int = 4) -> None:
         """A second node, whose ``~`` is ``home``; its processes carry ``MARK`` too."""
@@ -132,13 +131,26 @@ class Foreign:
         command += [f"--runtime-env-agent-port={envs}"]
         command += ["--disable-usage-stats", "--object-store-memory=80000000"]
         env = {**self.env, "HOME": str(home)}
-        done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=180, check=False)
+        done = self._run(command, env, home)
         assert done.returncode == 0, done.stdout + done.stderr
+
+    @staticmethod
+    def _run(command: list[str], env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            env=env,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+            start_new_session=True,  # by which its agents and workers are told
+        )
 
     def lose(self, home: Path) -> None:
         """A node's machine is gone: everything on it, at once."""
-        gone = [process for process in self.processes() if process.environ().get("HOME") == str(home)]
-        assert any(process.name() == "raylet" for process in gone)
+        raylet = next(p for p in self.processes() if p.name() == "raylet" and p.environ().get("HOME") == str(home))
+        gone = [process for process in self.processes() if os.getsid(process.pid) == os.getsid(raylet.pid)]
         for process in gone:
             process.kill()
 
@@ -160,22 +172,15 @@ class Foreign:
         return Jobs(self.url, self.token_file.read_text())
 
     def processes(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self.mark:
-                    found.append(process)
-            except (psutil.Error, OSError):
-                continue
-        return found
+        return _marked(self.mark, MARK)
 
     def stop(self) -> None:
+        left: list[psutil.Process] = []
         for _ in range(3):
-            left = self.processes()
+            left = list({*left, *self.processes()})
             for process in left:
-                try:
+                with contextlib.suppress(psutil.Error):
                     process.kill()
-                except psutil.Error:
-                    continue
-            psutil.wait_procs(left, timeout=5)
+            _, left = psutil.wait_procs(left, timeout=5)
+        assert not left
         shutil.rmtree(self.temp, ignore_errors=True)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 from llmnb.launch import cluster, runner
@@ -21,9 +22,13 @@ def home(tmp_path_factory):
     """A home folder with a cluster of its own, ended afterwards."""
     home = tmp_path_factory.mktemp("ray") / "home"
     yield home
+    found = cluster.status(home)
+    everything = [p for pid in found.pids for p in (psutil.Process(int(pid)), *psutil.Process(int(pid)).children(True))]
+    assert {"ray::DashboardAgent", "ray::RuntimeEnvAgent"} <= {p.cmdline()[0].strip() for p in everything}
     assert runner.stop(home)
     assert cluster.status(home) is None
     assert not cluster._marked(cluster._mark(home))
+    assert not [p for p in everything if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_two_starters_get_one_cluster(home):
@@ -49,7 +54,7 @@ print(len(GcsClient(address).internal_kv_keys(b"", None, timeout=10)))
 def test_it_listens_on_loopback_only_and_asks_for_the_token(home, tmp_path):
     ours = cluster.ensure(home)
     found = cluster.listening(home)
-    assert {name for name, _, _ in found} >= {"gcs_server", "raylet"}
+    assert {name for name, _, _ in found} >= {"gcs_server", "raylet", "ray::DashboardAgent"}
     assert {ip.removeprefix("::ffff:") for _, ip, _ in found} == {"127.0.0.1"}
     assert oct(os.stat(ours.token_file).st_mode & 0o777) == "0o600"
     wrong = tmp_path / "token"

@@ -2,8 +2,8 @@
 
 The cluster is a detached head on loopback, bounded to this machine's CPUs and memory, with Ray's token
 authentication on and a token of its own in our home folder. It is found again through a small file beside the token.
-Every process of it carries a mark in its environment, so that ``stop`` ends these processes and no others
-(``ray stop`` would end every cluster of this machine).
+Every process of it carries a mark in its environment and belongs to a session of its own, so that ``stop`` ends these
+processes and no others (``ray stop`` would end every cluster of this machine).
 
 Ray itself is imported only in the cluster's processes: a notebook's kernel that starts and submits does not load it.
 """
@@ -215,13 +215,25 @@ def _alive(pid: int, born: float) -> bool:
         return False
 
 
-def _marked(mark: str) -> list[psutil.Process]:
-    found = []
+def _marked(mark: str, name: str = MARK) -> list[psutil.Process]:
+    """Every process of the cluster. Ray writes the title of its agents and workers (``ray::…``) over their environment:
+    these are told by their session, which is that of the cluster's other processes and never the caller's."""
+    found, titled, sessions = [], [], set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+            if process.pid == os.getpid():
+                continue
+            if process.environ().get(name) == mark:
                 found.append(process)
-    return found
+                sessions.add(_session(process.pid))
+            elif process.cmdline()[:1] and process.cmdline()[0].startswith("ray::"):
+                titled.append((process, _session(process.pid)))
+    sessions.discard(_session(0))
+    return found + [process for process, session in titled if session in sessions]
+
+
+def _session(pid: int) -> int:
+    return os.getsid(pid) if hasattr(os, "getsid") else 0
 
 
 # --- starting -------------------------------------------------------------------------------------------------
@@ -357,15 +369,15 @@ def _free_ports(n: int) -> list[int]:
 
 def _end_marked(mark: str) -> int:
     """Ends every process that carries the mark; returns how many there were."""
-    everyone = left = _marked(mark)
-    _signal(left, signal.SIGTERM)
-    psutil.wait_procs(left, timeout=3.0)
+    everyone = _marked(mark)
+    _signal(everyone, signal.SIGTERM)
+    _, left = psutil.wait_procs(everyone, timeout=3.0)
     for _ in range(5):  # a dying parent may have started one more
-        left = _marked(mark)
+        left = list({*left, *_marked(mark)})
         if not left:
             break
         _signal(left, signal.SIGKILL)
-        psutil.wait_procs(left, timeout=2.0)
+        _, left = psutil.wait_procs(left, timeout=2.0)
     return len(everyone)
 
 

@@ -88,7 +88,7 @@ def test_one_worker_on_each_of_two_nodes(nodes, db, tiny_llama, tmp_path):
     assert "3 nodes, and the cluster has 2 nodes" in said
     assert any("wait for 3 nodes" in event.text for event in run.events() if event.kind == "note")
     run.stop()
-    assert run.wait(60).state == "stopped"
+    assert run.wait(180).state == "stopped"
 
     # A machine goes away in the middle of a run.
     run = db.apply(model(tiny_llama, tmp_path, nodes.url, max_steps=5000, save_steps=5000), wait=False)

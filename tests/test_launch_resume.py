@@ -187,7 +187,7 @@ def test_of_two_who_resume_one_wins_and_a_run_that_goes_on_is_left_alone(db, eng
     assert all("still goes on" in what or "at this moment" in what for what in refused)
     with pytest.raises(RunError, match="still goes on"):
         run.resume()
-    assert run.wait(60).state == "done" and steps(run) == list(range(1, 61)) and gapless(run)
+    assert run.wait(180).state == "done" and steps(run) == list(range(1, 61)) and gapless(run)
 
 
 def test_a_worker_that_was_given_up_and_comes_back_changes_nothing(db, engine, tmp_path, monkeypatch):

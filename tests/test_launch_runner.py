@@ -132,7 +132,7 @@ def test_runs_are_forks_of_one_warm_process_and_know_nothing_of_each_other(db, h
         began = time.monotonic()
         run = db.apply(model(tmp_path, transform=teller(tmp_path / f"facts{number}")), wait=False)
         assert time.monotonic() - began < 5.0, "it waits for no import"
-        assert run.wait(60).state == "done"
+        assert run.wait(180).state == "done"
         told.append(json.loads((tmp_path / f"facts{number}").read_text()))
         monkeypatch.delenv(f"TEST_{number}")
     zygote = runner.status(home)["zygote"]
@@ -145,13 +145,13 @@ def test_runs_are_forks_of_one_warm_process_and_know_nothing_of_each_other(db, h
 
 
 def test_what_imports_depend_on_gives_another_warm_process(db, home, tmp_path, monkeypatch):
-    assert db.apply(model(tmp_path), wait=False).wait(60).state == "done"
+    assert db.apply(model(tmp_path), wait=False).wait(180).state == "done"
     first = runner.status(home)["zygote"]
     monkeypatch.setenv("HF_TOKEN", "read when it is used")
-    assert db.apply(model(tmp_path), wait=False).wait(60).state == "done"
+    assert db.apply(model(tmp_path), wait=False).wait(180).state == "done"
     assert runner.status(home)["zygote"] == first
     monkeypatch.setenv("OMP_NUM_THREADS", "1" if os.environ.get("OMP_NUM_THREADS") != "1" else "2")
-    assert db.apply(model(tmp_path), wait=False).wait(60).state == "done"
+    assert db.apply(model(tmp_path), wait=False).wait(180).state == "done"
     assert runner.status(home)["zygote"] != first
     assert not psutil.pid_exists(first)
 
@@ -168,8 +168,8 @@ def test_runs_wait_for_their_turn_and_say_for_whom(db, home, tmp_path):
     third.stop()
     assert list(runner.status(home)["waiting"]) == [second.id, fourth.id]
     first.stop()
-    assert first.wait(60).state == "stopped" and len(first.checkpoints()) == 1
-    assert second.wait(60).state == fourth.wait(60).state == "done" and third.state == "stopped"
+    assert first.wait(180).state == "stopped" and len(first.checkpoints()) == 1
+    assert second.wait(180).state == fourth.wait(180).state == "done" and third.state == "stopped"
     assert second.record["started"] < fourth.record["started"]
     assert first.record["ended"] <= second.record["started"]
     assert [(event.seq, event.state) for event in third.events()] == [(1, "stopped")]
@@ -185,7 +185,7 @@ def test_a_run_that_never_comes_to_life_fails(db, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first.kill()
     with pytest.raises(RunError, match="before the run began"):
-        run.wait(60)
+        run.wait(180)
     assert "gone" in run.error["seen"]
     end = time.monotonic() + 10
     while not run.events() and time.monotonic() < end:  # another process says it, after the run's state
@@ -203,7 +203,7 @@ def test_no_secret_is_seen_and_no_file_is_left(db, home, mongo_uri, tmp_path):
     for path in (home / "runner").rglob("*"):
         assert path.stat().st_mode & 0o077 == 0 or path.name.endswith(".lock"), path
     run.stop()
-    run.wait(60)
+    run.wait(180)
     wait_for(lambda: not tickets.listed(home))
     assert {path.name for path in (home / "runner").iterdir()} <= {"keeper.log", "lock", "start.lock", "socket"}
     assert password not in (home / "runner" / "keeper.log").read_text()
@@ -228,7 +228,7 @@ def test_a_background_run_outlives_whoever_applied(db, home, mongo_uri, tmp_path
     done = subprocess.run([sys.executable, "-c", SUBMITTER], input=told, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     run = db.run(done.stdout.split()[-1])
-    assert run.wait(60).state == "done"
+    assert run.wait(180).state == "done"
     events = numbered(run)
     assert [e.state for e in events if isinstance(e, StateChanged)] == ["starting", "running", "done"]
     assert [m["step"] for m in run.metrics()] == list(range(1, 31))
@@ -241,7 +241,7 @@ def test_a_failed_background_run_brings_its_own_traceback(db, tmp_path):
 
     run = db.apply(model(tmp_path, transform=broken), wait=False)
     with pytest.raises(RunError, match="the transform broke") as caught:
-        run.wait(60)
+        run.wait(180)
     assert "broken" in caught.value.remote_traceback and run.state == "failed"
     assert "the transform broke" in run.logs()
     numbered(run)
@@ -275,7 +275,7 @@ def test_the_warm_process_may_be_killed(db, home, tmp_path):
     wait_for(lambda: len(run.metrics()) > steps + 20)
     again = db.apply(model(tmp_path), wait=False)
     os.kill(run.record["owner"]["pid"], signal.SIGKILL)
-    assert again.wait(60).state == "done"
+    assert again.wait(180).state == "done"
     assert runner.status(home)["zygote"] not in (None, first)
     wait_for(lambda: run.state == "lost")
     assert "SIGKILL" in run.error["what"], "its end is seen although the process that forked it is gone"
@@ -290,7 +290,7 @@ def test_the_keeper_may_be_killed_and_the_queue_stays(db, home, tmp_path):
     status = runner.status(home)
     assert status["running"] == {run.id: run.record["owner"]["pid"]} and status["waiting"] == {waiting.id: [run.id]}
     run.stop()
-    assert run.wait(60).state == "stopped" and waiting.wait(60).state == "done"
+    assert run.wait(180).state == "stopped" and waiting.wait(180).state == "done"
     numbered(run)
     numbered(waiting)
 
@@ -301,7 +301,7 @@ def test_when_all_of_the_runner_is_killed_whoever_looks_starts_it_again(db, home
     status = runner.status(home)
     for pid in (status["zygote"], status["keeper"], run.record["owner"]["pid"]):
         os.kill(pid, signal.SIGKILL)
-    assert waiting.wait(60).state == "done"
+    assert waiting.wait(180).state == "done"
     wait_for(lambda: run.state == "lost")
     assert numbered(run)[-1].state == "lost"
 
@@ -324,7 +324,7 @@ def test_a_runner_without_work_ends_by_itself(mongo_uri, tmp_path, monkeypatch, 
     monkeypatch.setenv("LLMNB_RUNNER_IDLE_S", "0.3")
     other = connect(mongo_uri, home=own)
     run = other.apply(model(tmp_path), wait=False)
-    assert run.wait(60).state == "done"
+    assert run.wait(180).state == "done"
     assert not runner.socket_path(own).is_relative_to(own)
     wait_for(lambda: not runner._marked(own), 20)
     assert not runner.socket_path(own).parent.exists()
@@ -345,7 +345,7 @@ def test_a_process_that_cannot_be_forked_is_not(mongo_uri, tmp_path, monkeypatch
     other = connect(mongo_uri, home=own)
     try:
         run = other.apply(model(tmp_path, transform=teller(tmp_path / "facts")), wait=False)
-        assert run.wait(60).state == "done"
+        assert run.wait(180).state == "done"
         assert json.loads((tmp_path / "facts").read_text())["parent"] == runner.status(own)["keeper"]
         assert "threads" in (own / "runner" / "keeper.log").read_text()
     finally:

@@ -494,7 +494,7 @@ def test_trap23_an_undrained_pipe_never_blocks_training(server_store, tmp_path):
     job = make_job(server_store, tmp_path, uri=server_store.uri, max_steps=20, save_steps=20, say_much=100_000)
     process = start_process(job, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        assert Run(server_store, job.run).wait(90).state == "done"
+        assert Run(server_store, job.run).wait(240).state == "done"
         assert process.wait(30) == 0
     finally:
         process.kill()
@@ -512,7 +512,7 @@ def test_trap23_a_reader_that_dies_does_not_end_the_training(server_store, tmp_p
     process.stdout.close()
     process.stderr.close()
     try:
-        assert Run(server_store, job.run).wait(90).state == "done"
+        assert Run(server_store, job.run).wait(240).state == "done"
     finally:
         process.kill()
         process.wait()

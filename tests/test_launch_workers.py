@@ -353,7 +353,7 @@ def test_trap22_a_letter_reaches_all_ranks_and_a_failure_brings_its_ranks_own_tr
     )
     wait_for(run.metrics)
     run.stop()
-    assert run.wait(60).state == "stopped"
+    assert run.wait(180).state == "stopped"
     (checkpoint,) = run.checkpoints()
     assert checkpoint.step == run.metrics()[-1]["step"] and checkpoint.resumable
     kept = {path.name for path in db.store.checkpoints.fetch(checkpoint, resume=True).iterdir()}
@@ -394,7 +394,7 @@ def test_a_worker_that_is_killed_is_named(number, rank, said, db, home, tiny_lla
     (rank1,) = [pid for pid in train_workers(home) - others if pid != rank0] if rank else (None,)
     os.kill(rank1 if rank else rank0, number)
     with pytest.raises(RunError, match=said) as caught:
-        run.wait(120)
+        run.wait(240)
     assert "run.resume() goes on from the newest checkpoint" in caught.value.todo
     assert run.state == "failed"
     events = run.events()

@@ -467,12 +467,18 @@ def test_runs_of_the_real_engine_give_their_memory_back(db, home, tiny_llama, tm
         status, found = runner.status(home), runner._marked(home)
         return found if {process.pid for process in found} == {status["keeper"], status["zygote"]} else []
 
+    def settled() -> list[psutil.Process]:
+        try:
+            return wait_for(staying, 180)
+        except AssertionError:
+            raise AssertionError(f"{runner.status(home)}, and there are {runner._marked(home)}") from None
+
     seen = []
     for number in (1, 2):
         told = teller(tmp_path / f"facts{number}")
         run = db.apply(model(tmp_path, tiny_llama, transform=told), wait=False)
         assert run.wait(240).state == "done"
-        used = sum(process.memory_full_info().uss for process in wait_for(staying))
+        used = sum(process.memory_full_info().uss for process in settled())
         seen.append((runner.status(home)["zygote"], used))
     assert seen[0][0] == seen[1][0]
     assert seen[1][1] < seen[0][1] + 30e6, "the second run left nothing in memory"

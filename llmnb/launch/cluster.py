@@ -226,7 +226,7 @@ def _marked(mark: str, name: str = MARK) -> list[psutil.Process]:
             if process.environ().get(name) == mark:
                 found.append(process)
                 sessions.add(_session(process.pid))
-            elif process.cmdline()[:1] and process.cmdline()[0].startswith("ray::"):
+            elif "".join(process.cmdline()[:1]).startswith("ray::"):  # a process that ends has no words
                 titled.append((process, _session(process.pid)))
     sessions.discard(_session(0))
     return found + [process for process, session in titled if session in sessions]

@@ -267,6 +267,20 @@ def test_a_run_killed_with_kill_9_is_lost_at_once_with_all_it_said(db, tmp_path)
     assert "run.resume()" in run.error["todo"] and "memory" in run.error["todo"]
 
 
+def test_a_run_whose_record_is_gone_is_given_up_after_one_attempt(db, home, tmp_path):
+    run = long_run(db, tmp_path)
+    pid = run.record["owner"]["pid"]
+    db.store.runs._table.delete({"_id": run.id})
+    os.kill(pid, signal.SIGKILL)
+    log = tickets.folder(home) / "keeper.log"
+    wait_for(lambda: f"run {run.id} could not be recorded" in log.read_text())
+    time.sleep(4)  # it came every second
+    assert log.read_text().count(f"run {run.id} could not be recorded") == 1
+    for path, ticket in tickets.listed(home):
+        if ticket.run == run.id:
+            tickets.remove(path)
+
+
 def test_the_warm_process_may_be_killed(db, home, tmp_path):
     run = long_run(db, tmp_path)
     first = runner.status(home)["zygote"]

@@ -81,6 +81,7 @@ class Keeper:
         self._entries: dict[Path, Entry] = {}
         self._zygotes = Zygotes(home, self._wait, began=self._began, ended=self._ended_child, lost=self._again)
         self._undertakers: dict[int, tuple[subprocess.Popen[bytes], Path]] = {}
+        self._unburied: set[Path] = set()
         self._used = time.monotonic()
         self._end_at: float | None = None
         self._lines: list[socket.socket] = []
@@ -171,7 +172,7 @@ class Keeper:
     def _look(self) -> None:
         """Reads new tickets, sees which adopted runs have ended, and begins what can begin."""
         if self._end_at is None:
-            buried = {path for _, path in self._undertakers.values()}
+            buried = {path for _, path in self._undertakers.values()} | self._unburied
             for path, ticket in tickets.listed(self.home):
                 if path not in self._entries and path not in buried:
                     self._entries[path] = entry = Entry(path, ticket)
@@ -259,8 +260,10 @@ class Keeper:
             if pid in self._undertakers:
                 undertaker, path = self._undertakers.pop(pid)
                 undertaker.returncode = code
-                if code == 0:  # else the next keeper tries again
+                if code == 0:
                     tickets.remove(path)
+                else:  # the next keeper tries again
+                    self._unburied.add(path)
             elif not self._zygotes.ended(pid, code):
                 for entry in [entry for entry in self._entries.values() if entry.pid == pid]:
                     self._ended(entry, code)

@@ -487,17 +487,19 @@ def test_runs_of_the_real_engine_give_their_memory_back(db, home, tiny_llama, tm
         except AssertionError:
             raise AssertionError(f"{runner.status(home)}, and there are {runner._marked(home)}") from None
 
+    # The first run teaches: when its process is gone, the warm one begins to import what that run had to. It is done
+    # with it before it forks the second.
     seen = []
-    for number in (1, 2):
+    for number in (1, 2, 3):
         told = teller(tmp_path / f"facts{number}")
         run = db.apply(model(tmp_path, tiny_llama, transform=told), wait=False)
         assert run.wait(240).state == "done"
         used = sum(process.memory_full_info().uss for process in settled())
         seen.append((runner.status(home)["zygote"], used))
-    assert seen[0][0] == seen[1][0]
-    assert seen[1][1] < seen[0][1] + 30e6, "the second run left nothing in memory"
-    seeds = {json.loads((tmp_path / f"facts{number}").read_text())["seed"] for number in (1, 2)}
-    assert len(seeds) == 2 and None not in seeds, "random numbers are each run's own"
+    assert len({pid for pid, _ in seen}) == 1
+    assert seen[2][1] < seen[1][1] + 30e6, "a run leaves nothing in memory"
+    seeds = {json.loads((tmp_path / f"facts{number}").read_text())["seed"] for number in (1, 2, 3)}
+    assert len(seeds) == 3 and None not in seeds, "random numbers are each run's own"
     log = (Path(run.record["workdir"]) / "worker.log").read_text()
     assert "Traceback" not in log
     points = [m for m in run.metrics() if "loss" in m]

@@ -746,3 +746,37 @@ def test_trap26_pointing_and_removing_at_one_moment(store, folder):
         together(2, move)
         pointer = store.models.get("llm", version)["checkpoint"]
         assert pointer is None or store.checkpoints.fetch(Checkpoint("exp", attempt, ""))
+
+
+def test_trap26_a_pointer_set_while_its_checkpoint_is_removed_is_taken_back(store, folder, monkeypatch):
+    """Between the look of the removal for models and the removal itself."""
+    store.checkpoints.put("exp", 1, folder(b"w"))
+    version = store.models.add(ModelSpec(identifier="llm"))
+    look = store.checkpoints.users
+
+    def look_and_point(name):
+        found = look(name)
+        with pytest.raises(NotFound):
+            store.models.point("llm", version, "exp/1")
+        return found
+
+    monkeypatch.setattr(store.checkpoints, "users", look_and_point)
+    store.checkpoints.remove("exp", 1)
+    assert store.models.get("llm", version)["checkpoint"] is None
+
+
+def test_trap26_a_removal_while_a_pointer_is_set_is_refused(store, folder, monkeypatch):
+    """Between the pointer and its own look for the checkpoint."""
+    store.checkpoints.put("exp", 1, folder(b"w"))
+    version = store.models.add(ModelSpec(identifier="llm"))
+    look = store.checkpoints.has
+
+    def remove_and_look(name):
+        with pytest.raises(InUse):
+            store.checkpoints.remove("exp", 1)
+        return look(name)
+
+    monkeypatch.setattr(store.checkpoints, "has", remove_and_look)
+    store.models.point("llm", version, "exp/1")
+    assert store.models.get("llm", version)["checkpoint"] == "exp/1"
+    assert store.checkpoints.fetch(store.checkpoints.get("exp", 1))

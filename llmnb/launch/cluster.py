@@ -246,7 +246,9 @@ def _start(home: Path) -> Cluster:
     log = home / "ray-start.log"
     temp = _temp_dir(mark)
     seen = ""
-    for _ in range(6):  # a port that was free may be taken a moment later; a busy machine needs more than Ray's 30 s
+    # A port that was free may be taken a moment later; and on a busy machine Ray's agents import for longer than the
+    # 15 s that its raylet waits for them (Ray 2.60, ray#65983; ports given by us do not spare all of that wait).
+    for _ in range(6):
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir(mode=0o700)
         agent, client = _free_ports(2)
@@ -270,7 +272,7 @@ def _start(home: Path) -> Cluster:
             return _describe(home, mark, temp)
         _end_marked(mark)
         seen = log.read_text(encoding="utf-8", errors="replace")[-1500:]
-        if "port" not in seen.lower() and "timed out during startup" not in seen:  # Ray gives a busy machine 30 s
+        if "port" not in seen.lower() and "timed out during startup" not in seen:
             break
     raise LaunchError("This machine's Ray cluster does not start.", seen=seen, todo=f"see {log}")
 

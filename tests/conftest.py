@@ -5,7 +5,9 @@ With CI=true a skip is a failure, except for tests that carry the ``gpu`` marker
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 
 import pytest
 
@@ -22,6 +24,19 @@ def pytest_runtest_makereport(item, call):
     if report.skipped and strict and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid}: skipped where a skip is a failure: {report.longrepr}"
+
+
+_frozen_at = 0  # modules
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """What was imported lives to the end: without this, each training's full collections walk all of it."""
+    global _frozen_at
+    if len(sys.modules) > _frozen_at + 100:
+        gc.collect()
+        gc.freeze()
+        _frozen_at = len(sys.modules)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ state in their modules. ``python ranks.py TASKS`` reads a JSON list and writes `
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -136,6 +137,7 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     tasks = json.loads(Path(sys.argv[1]).read_text())
+    gc.disable()
     costly = ["drill", "llmnb.engine.loop", "llmnb.engine.training", "peft", "torch.distributed.checkpoint.state_dict"]
     if any("deepspeed" in task.get("config", {}) for task in tasks):
         costly.append("deepspeed")
@@ -145,6 +147,8 @@ def main() -> None:
         from deepspeed.ops.op_builder import CPUAdamBuilder
 
         CPUAdamBuilder().load(verbose=False)
+    gc.enable()
+    gc.freeze()  # else each rank's collector walks, and copies, all that was imported
     for task in tasks:
         _one(task, Path(sys.argv[1]).parent)
 

@@ -70,6 +70,16 @@ def test_it_listens_on_loopback_only_and_asks_for_the_token(home, tmp_path):
     assert refused.returncode != 0 and "nauthenticated" in refused.stderr, refused.stderr
 
 
+def test_the_head_starts_what_runs_need_and_nothing_more(home):
+    """Each further process of Ray's imports for seconds, beside the agents that the head waits for."""
+    cluster.ensure(home)
+    subprocess.run([sys.executable, "-c", ASK, str(home), "enter"], capture_output=True, timeout=120, check=True)
+    words = {" ".join(p.cmdline()) for p in cluster._marked(cluster._mark(home))}
+    parts = ("gcs_server", "raylet/raylet", "dashboard/dashboard.py", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    assert all(any(part in one for one in words) for part in parts), words
+    assert not [one for one in words if "monitor" in one or "client.server" in one or "ray::IDLE" in one], words
+
+
 def test_stop_ends_our_processes_only(tmp_path_factory):
     home = tmp_path_factory.mktemp("other") / "home"
     home.mkdir()

@@ -48,6 +48,9 @@ _ANSWER_LIMIT_S = 60.0
 # Ray's sockets live under this folder, and a socket's path may not be longer than 107 bytes.
 _LONGEST_TEMP = 40
 _MIB = 1 << 20
+# As where Ray's client extra is not installed: nobody comes to this head by ray://, and that server imports for as long
+# as the two agents that the head waits for, beside them.
+_START = "import sys; sys.modules['grpc'] = None; from ray.scripts.scripts import main; sys.exit(main())"
 
 
 @dataclass(frozen=True)
@@ -246,14 +249,13 @@ def _start(home: Path) -> Cluster:
     log = home / "ray-start.log"
     temp = _temp_dir(mark)
     seen = ""
-    # A port that was free may be taken a moment later; and on a busy machine Ray's agents import for longer than the
-    # 15 s that its raylet waits for them (Ray 2.60, ray#65983; ports given by us do not spare all of that wait).
+    # A port that was free may be taken a moment later; and on a very busy machine Ray's agents import for longer than
+    # the 15 s that its raylet waits for them (Ray 2.60, ray#65983; ports given by us do not spare all of that wait).
     for _ in range(6):
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir(mode=0o700)
-        agent, client = _free_ports(2)
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", *_options(temp)]
-        command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
+        command = [sys.executable, "-c", _START, "start", "--head", *_options(temp)]
+        command += [f"--dashboard-agent-listen-port={_free_ports(1)[0]}"]
         with open(log, "wb") as out:
             os.chmod(log, 0o600)
             code = subprocess.run(
@@ -284,6 +286,7 @@ def _options(temp: Path) -> list[str]:
         "--node-ip-address=127.0.0.1",
         "--include-dashboard=false",  # nobody asks its Jobs API; it takes longer to start than all the rest
         "--include-log-monitor=false",  # 100 MB to copy log lines to drivers; ours write their own files
+        "--no-monitor",  # 100 MB to ask for more machines
         "--disable-usage-stats",
         f"--temp-dir={temp}",
         f"--num-cpus={machine.cpus()}",
@@ -295,7 +298,8 @@ def _options(temp: Path) -> list[str]:
 
 def _environment(mark: str, token: Path) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "LLMNB_")) and k != "CUDA_VISIBLE_DEVICES"}
-    return env | {MARK: mark, "PYTHONUNBUFFERED": "1", **_speaking(token)}
+    # A run's processes start with an environment of their own: Ray could not use those that it starts beforehand.
+    return env | {MARK: mark, "PYTHONUNBUFFERED": "1", "RAY_prestart_worker_first_driver": "0", **_speaking(token)}
 
 
 def _speaking(token: Path) -> dict[str, str]:

@@ -28,7 +28,7 @@ import psutil
 from ..errors import LaunchError, LlmnbError, RunError
 from ..events import Note
 from ..job import TrainJob
-from . import cluster, deaths, machine
+from . import cluster, collector, deaths, machine
 from .away import open_for
 from .bucket import with_filesystem
 from .heart import patiently
@@ -157,14 +157,19 @@ def _connect(job: TrainJob) -> Any:
         cluster.enter(os.environ["LLMNB_HOME"])  # before Ray is imported: it reads its environment then
     import ray
 
-    for name, value in (
-        ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_S),
-        ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _START_LIMIT_S),
-        ("RAY_TRAIN_METRICS_ENABLED", "0"),
-        ("RAY_CHDIR_TO_TRIAL_DIR", "0"),
-    ):
+    settings = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": _HEALTH_CHECK_S,
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": _START_LIMIT_S,
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    }
+    wanted: dict[str, Any] = {"env_vars": _rank_environment(job)}
+    if job.ray_address is None:
+        settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this machine away; a process less
+        wanted["worker_process_setup_hook"] = f"{collector.__name__}.{collector.seldom.__name__}"
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
-    ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": _rank_environment(job)})
+    ray.init(log_to_driver=False, logging_level="ERROR", runtime_env=wanted)
     return ray
 
 
@@ -335,6 +340,9 @@ def carry_rank(sealed: bytes) -> dict[str, Any]:
     try:
         name = "worker.log" if rank == 0 else f"worker-{rank}.log"
         os.close(to_log_file(own_folder(job.workdir, job.run) / name))
+        from ..engine import loop  # noqa: F401 - most of what a training imports
+
+        collector.as_usual()
         result = _carry(job, rank)
     except BaseException as error:  # noqa: BLE001 - the border of the rank: the driver writes it on the run
         told = told_of(error, mask)

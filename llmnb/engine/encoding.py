@@ -243,7 +243,9 @@ class Encoder:
         while at >= 0 and ids[at] not in self.added:
             at -= 1
         begin = encoding.token_to_chars(at)[0] if at >= 0 else 0
-        return self._cached([text[begin:seam]])[0] == ids[max(at, 0) : count]
+        tail = text[begin:seam]
+        known = self._tails.get(tail)
+        return (self._cached([tail])[0] if known is None else known) == ids[max(at, 0) : count]
 
     def joined(self, text: str, seams: Sequence[int]) -> tuple[Ids, bool]:
         """Ids in which every seam is kept, and whether a seam had to be split.

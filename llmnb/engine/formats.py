@@ -45,11 +45,12 @@ def alpaca_note() -> str:
 def is_sharegpt(value: Any) -> bool:
     """True for a list of messages with ``from`` and ``value``."""
     return (
-        isinstance(value, Sequence)
+        isinstance(value, (list, Sequence))
         and not isinstance(value, (str, bytes))
         and bool(value)
         and all(
-            isinstance(item, Mapping) and "from" in item and "value" in item and "role" not in item for item in value
+            isinstance(item, (dict, Mapping)) and "from" in item and "value" in item and "role" not in item
+            for item in value
         )
     )
 

@@ -77,6 +77,6 @@ def size_of(sample: Sample) -> int:
 
 
 def _characters(value: Any) -> int:
-    if isinstance(value, Mapping):  # a message
+    if isinstance(value, dict):  # a message
         return len(value.get("content") or "")
     return sum(map(_characters, value)) if isinstance(value, (tuple, list)) else len(value or "")

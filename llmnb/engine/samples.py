@@ -344,12 +344,13 @@ def type_of(value: Any) -> str:
 
 def chat_fault(value: Any, name: str) -> str:
     """What is wrong with a chat, "" when nothing is. https://platform.openai.com/docs/api-reference/chat ."""
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+    # The plain type first: an abstract one takes three times as long to ask.
+    if isinstance(value, (str, bytes)) or not isinstance(value, (list, Sequence)):
         return f"{name!r} is {type_of(value)}, not a list of messages"
     if not value:
         return f"{name!r} is empty"
     for at, message in enumerate(value):
-        if not isinstance(message, Mapping):
+        if not isinstance(message, (dict, Mapping)):
             return f"message {at} of {name!r} is {type_of(message)}, not a dict with role and content"
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not role:

@@ -155,16 +155,16 @@ class Watch:
 
     def _content(self, name: str, texts: Sequence[str], kind: str) -> None:
         found = self.found
-        for text in texts:
-            # A text may be written with its own marks on purpose; what stands in a question or an answer may not.
-            if kind != "text" and _holds(self._bare(text), self._specials):
-                found["special"].add(name)
-                break
-        if any(_holds(text, self._marks) for text in texts):
+        whole = "\n".join(texts)  # nothing that is looked for reaches over the end of a line
+        # A text may be written with its own marks on purpose; what stands in a question or an answer may not.
+        inside = kind != "text" and _holds(whole, self._specials)
+        if inside and any(_holds(self._bare(text), self._specials) for text in texts):
+            found["special"].add(name)
+        if _holds(whole, self._marks):
             found["markup"].add(name)
-        if any(not text.isascii() and _MOJIBAKE.search(text) for text in texts):
+        if not whole.isascii() and _MOJIBAKE.search(whole):
             found["damaged"].add(name)
-        if any(_CONTROL.search(text) for text in texts):
+        if _CONTROL.search(whole):
             found["control"].add(name)
 
     def _bare(self, text: str) -> str:
@@ -186,4 +186,9 @@ def _by_first(words: set[str]) -> dict[str, list[str]]:
 
 
 def _holds(text: str, words: dict[str, list[str]]) -> bool:
-    return any(first in text and any(word in text for word in those) for first, those in words.items())
+    for first, those in words.items():
+        if first in text:
+            for word in those:
+                if word in text:
+                    return True
+    return False

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import ModelSpec, TrainConfig
 from ..inspection import Inspection, ShownRow
+from . import collector
 from .errand import Errand, own, serve
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def _answered(job: InspectJob) -> dict[str, Any]:
 
 def main() -> None:
     """``python -m llmnb.launch.inspecting``."""
+    collector.seldom()
     serve(lambda job, _say: _answered(job), lambda error: own(error, "The documents could not be inspected.", _MEMORY))
 
 

@@ -308,8 +308,7 @@ class Loop(Trainer):
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
         if loss is not None and self._items is not None and self._eval_sum is not None:
             items = torch.as_tensor(self._items, device=loss.device).double()
-            share = self.args.world_size if self.args.average_tokens_across_devices else 1
-            self._eval_sum += torch.stack([loss.double() * items, items]) / share
+            self._eval_sum += torch.stack([loss.double() * items, items])
         return loss, logits, labels
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -39,7 +39,8 @@ PERSONS_SIDE = (
 )
 
 SITE = """
-import os, socket, sys
+import gc, os, socket, sys
+gc.set_threshold(700, 10, 1000)  # a dozen processes of Ray's that import: no full collections meanwhile
 here = os.path.dirname(os.path.abspath(__file__))
 checkout = {checkout!r}
 sys.path[:] = [p for p in sys.path if p.rstrip("/") != checkout]
@@ -88,6 +89,7 @@ class Foreign:
             "RAY_AUTH_TOKEN_PATH": str(self.token_file),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_prestart_worker_first_driver": "0",  # a run's processes have an environment of their own
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             MARK: self.mark,
@@ -118,6 +120,7 @@ class Foreign:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address=127.0.0.1"]
         command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
         command += [f"--ray-client-server-port={client}", "--dashboard-host=127.0.0.1", f"--num-cpus={cpus}"]
+        command += ["--no-monitor"]
         command += [f"--temp-dir={self.temp}", "--disable-usage-stats", "--object-store-memory=80000000"]
         return self._run(command, self.env, self.cwd)
 

@@ -10,7 +10,8 @@ from foreign import Foreign
 
 from llmnb import LLM, Collection, LLMTrainer, connect
 
-pytestmark = [pytest.mark.ray, pytest.mark.mongod, pytest.mark.slow]
+# Three runs whose dozen processes import; on a busy machine a minute and more each.
+pytestmark = [pytest.mark.ray, pytest.mark.mongod, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")

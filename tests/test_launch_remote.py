@@ -155,7 +155,7 @@ def test_no_secret_shows_and_the_parcel_is_gone_once_it_was_read(foreign, db, mo
     assert "porter.py" in lines
     run.stop()
     run.wait(180)
-    assert "here: hf_atokenofmine None None" in run.logs(1000)
+    assert "here: hf_atokenofmine None None" in run.logs(1_000_000)
 
     texts = {"command lines": lines, "environments": " ".join(environs), "record": json.dumps(run.record, default=str)}
     texts["job"] = json.dumps(foreign.jobs().info(run.id))

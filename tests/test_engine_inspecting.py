@@ -61,6 +61,23 @@ def test_every_fault_of_ten_thousand_chats_is_found_and_named(spec):
     assert "message N" in says["role"], "one sort of fault is one finding, at whatever message it stands"
 
 
+def test_a_bos_at_the_start_and_an_eos_at_the_end_of_a_text_are_no_fault(spec, tokenizer):
+    """A row has one of each in any case; anywhere else the model reads them as a command."""
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    assert bos and eos
+    texts = {"bare": ("ask", "say"), "written": (f"{bos}ask", f"say{eos}"), "inside": (f"ask{eos} more", "say")}
+    documents = [{"_id": name, "prompt": ask, "response": f"{name} {say}"} for name, (ask, say) in texts.items()]
+    assert inspected(documents, spec, key=PAIR, max_seq_length=64).ids("special") == ["inside"]
+    chats = [
+        {
+            "_id": d["_id"],
+            "messages": [{"role": "user", "content": d["prompt"]}, {"role": "assistant", "content": d["response"]}],
+        }
+        for d in documents
+    ]
+    assert inspected(chats, spec, key="messages", max_seq_length=64).ids("special") == ["inside"]
+
+
 def test_it_makes_the_rows_of_a_training(spec):
     documents, _ = bad_data.pairs(300)
     inspection = inspected(documents, spec, key=PAIR, max_seq_length=128)

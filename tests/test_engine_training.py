@@ -262,6 +262,21 @@ def test_trap02_the_steps_said_are_the_steps_done(rows, batch, window, epochs, m
     assert run.counts["rows"] == rows
 
 
+# --- what is saved for chats --------------------------------------------------------------------------------
+
+
+def test_trap03_a_training_saves_the_template_with_the_bos_of_its_rows(tmp_path):
+    from llmnb.engine.templates import chat_ids
+
+    base = transformers.AutoTokenizer.from_pretrained(folder_of())
+    run = train(tmp_path, documents=chats(), config={"key": "messages"}, max_steps=1)
+    saved = transformers.AutoTokenizer.from_pretrained(run.last)
+    ask = [{"role": "user", "content": "hello"}]
+    plain = saved.apply_chat_template(ask, tokenize=True, add_generation_prompt=True)["input_ids"]
+    assert plain == chat_ids(ask, base) and plain.count(base.bos_token_id) == 1
+    assert any("saved with the BOS" in note.text for note in run.notes)
+
+
 # --- NaN ----------------------------------------------------------------------------------------------------
 
 

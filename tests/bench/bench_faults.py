@@ -3,7 +3,9 @@
 Each round starts a real background run (tiny Llama, real mongod, real runner or Ray), injects one fault at a random
 moment, waits for the run's end, resumes it where the fault ended it, and checks every promise against a run that
 nothing was done to: no event lost, none doubled, no state untrue, no checkpoint that fails its digest, and the same
-losses to the last bit. It prints one line a fault, and what went wrong in full. Disk faults mount a tmpfs, as root.
+losses to the last bit. With ``--in-a-row 4`` a run on two workers that was ended is resumed and struck again, four
+times at most: every round is judged, and the losses when it is done. It prints one line a fault, and what went wrong
+in full. Disk faults mount a tmpfs, as root.
 """
 
 from __future__ import annotations
@@ -86,8 +88,10 @@ class Tally:
 class Bench:
     """A home with a mongod, a runner and a small data set; removed at the end."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, in_a_row: int) -> None:
         self.folder, self.home, self.out = folder, folder / "home", folder / "out"
+        self.in_a_row, self.struck = in_a_row, 0
+        self.broken: Run | None = None  # it was ended, and the next round goes on with it
         self.random = random.Random(seed)
         self.base = str(make_model("llama", folder / "base"))
         self.db = connect(home=self.home)
@@ -126,7 +130,11 @@ class Bench:
         return LLM(name, self.base, trainer=LLMTrainer("t", **{**settings, **changes}))
 
     def start(self, plan: Plan = 1, **changes: Any) -> Run:
-        """A background run."""
+        """A background run: a new one, or the one that the last round ended."""
+        run, self.broken = self.broken, None
+        if run is not None:
+            run.resume(wait=False)
+            return run
         return self.db.apply(self.model(f"m{self.random.getrandbits(40):x}", plan, **changes), wait=False)
 
     def writable(self) -> None:
@@ -173,17 +181,35 @@ class Bench:
         problems = self._states(run, state, tally)
         problems += self._events(run, tally)
         problems += self._checkpoints(run, tally)
+        self.struck += 1
         if state != "done" and resumed and state in FINAL:
-            run.resume(wait=False)
-            after = self.ended(run)
-            if after != "done":
-                tally.untrue += 1
-                problems.append(f"resumed, it ended {after}: {run.error}")
-            problems += self._events(run, tally) + self._checkpoints(run, tally) + self._curve(run, tally, plan)
+            if plan != 1 and self.struck < self.in_a_row:
+                self.broken = run
+            else:
+                problems += self._gone_on(run, tally, plan)
         elif state == "done":
             problems += self._curve(run, tally, plan)
+        if self.broken is None:
+            self.struck = 0
         if problems:
             tally.faults.append(f"{run.id}: " + "; ".join(problems))
+
+    def finish(self, tally: Tally, plan: Plan) -> None:
+        """What the last round ended goes on to its end, too."""
+        run, self.broken, self.struck = self.broken, None, 0
+        if run is not None:
+            problems = self._gone_on(run, tally, plan)
+            if problems:
+                tally.faults.append(f"{run.id}: " + "; ".join(problems))
+
+    def _gone_on(self, run: Run, tally: Tally, plan: Plan) -> list[str]:
+        run.resume(wait=False)
+        problems = []
+        after = self.ended(run)
+        if after != "done":
+            tally.untrue += 1
+            problems.append(f"resumed, it ended {after}: {run.error}")
+        return problems + self._events(run, tally) + self._checkpoints(run, tally) + self._curve(run, tally, plan)
 
     def _states(self, run: Run, state: str, tally: Tally) -> list[str]:
         problems = []
@@ -474,6 +500,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=", ".join(FAULTS))
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--in-a-row", type=int, default=1, help="faults to one run on two workers at most")
     parser.add_argument("--verbose", action="store_true", help="a line for each round")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     known = parser.parse_args()
@@ -482,7 +509,7 @@ def main() -> int:
     print(f"seed {known.seed}", flush=True)
     bad = 0
     with tempfile.TemporaryDirectory(prefix="llmnb-faults-") as folder:
-        bench = Bench(Path(folder), known.seed)
+        bench = Bench(Path(folder), known.seed, known.in_a_row)
         with contextlib.ExitStack() as stack:
             stack.callback(bench.close)
             if "disk-full" in names:
@@ -510,6 +537,7 @@ def main() -> int:
                             print(f"  {name}: {fault}", flush=True)
                     if known.verbose:
                         print(f"  {time.strftime('%H:%M:%S')} {name} {tally.rounds}: {dict(tally.hit)}", flush=True)
+                bench.finish(tally, plan)
                 print(tally.line(name), flush=True)
                 bad += len(tally.faults)
     return 1 if bad else 0

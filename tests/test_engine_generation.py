@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 import warnings
 
@@ -148,6 +150,18 @@ def test_trap19_the_cache_is_on_in_a_model_that_was_trained_here(tmp_path, spec)
     run = train(tmp_path, config={"use_lora": False}, max_steps=1)
     with Answerer(spec, run.last) as answerer:
         assert answerer._model.config.use_cache is True and answerer._model.generation_config.use_cache is not False
+
+
+def test_trap19_the_cache_is_on_whatever_the_folder_says(tmp_path):
+    """Other trainers switch it off for the training and save it so."""
+    from llmnb.engine.generation import Answerer
+
+    shutil.copytree(folder_of(), tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "model" / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "use_cache": False}))
+    with Answerer(ModelSpec(model_name_or_path=str(tmp_path / "model"))) as answerer:
+        assert answerer.model.config.use_cache is True and answerer.model.generation_config.use_cache is True
 
 
 def test_length_limits(answerer):

@@ -1,8 +1,9 @@
 """The database goes away in the middle of a run: what that costs the training, and whether everything comes home.
 
-Run by hand: ``python tests/bench/bench_outage.py [--seconds 60]``. A real mongod is killed while a background run
-trains, and started again after the outage. Speed is steps per second by the spool's own clock, before and during; the
-run logs every step and takes checkpoints all the while.
+Run by hand: ``python tests/bench/bench_outage.py [--seconds 60] [--outages 3]``. A real mongod is killed while a
+background run trains, and started again after the outage. Speed is steps per second by the spool's own clock; that of
+an outage is divided by the mean of as long a time before and after it, since machines change their speed. The run logs
+every step and takes checkpoints all the while.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def main() -> int:
     """Prints one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--outages", type=int, default=3, help="as long between them")
     known = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     with tempfile.TemporaryDirectory(prefix="llmnb-outage-") as folder:
@@ -55,13 +57,16 @@ def main() -> int:
             while not run.metrics():
                 time.sleep(0.2)
             time.sleep(10.0)  # the first steps are slower
-            begin = time.time()
+            marks = [time.time()]
+            for _ in range(known.outages):
+                time.sleep(known.seconds)
+                marks.append(time.time())
+                os.kill(embedded.status(home).pid, signal.SIGKILL)
+                time.sleep(known.seconds)
+                marks.append(time.time())
+                embedded.start(home)
             time.sleep(known.seconds)
-            gone = time.time()
-            os.kill(embedded.status(home).pid, signal.SIGKILL)
-            time.sleep(known.seconds)
-            back = time.time()
-            embedded.start(home)
+            marks.append(time.time())
             time.sleep(5.0)
             run.stop()
             run.wait(timeout=120)
@@ -80,14 +85,14 @@ def main() -> int:
             inside = [t for t in times if start <= t < end]
             return [b - a for a, b in itertools.pairwise(inside)]
 
-        before, during = speed(begin, gone), speed(gone, back)
-        print(f"outage                      {back - gone:10.1f} s")
-        print(
-            f"steps per second before     {before:10.2f}   median step {statistics.median(pauses(begin, gone)):.4f} s"
-        )
-        print(f"steps per second during     {during:10.2f}   median step {statistics.median(pauses(gone, back)):.4f} s")
-        print(f"speed during / before       {during / before:10.3f}")
-        print(f"longest step during         {max(pauses(gone, back)):10.2f} s")
+        speeds = [speed(*span) for span in itertools.pairwise(marks)]
+        ratios = [2 * out / (before + after) for before, out, after in zip(speeds[::2], speeds[1::2], speeds[2::2])]
+        longest = [max(pauses(*span)) for span in itertools.pairwise(marks)]
+        print(f"steps per second, with it   {' '.join(f'{one:8.2f}' for one in speeds[::2])}")
+        print(f"without it                  {' '.join(f'{one:8.2f}' for one in speeds[1::2])}")
+        print(f"against before and after    {' '.join(f'{one:8.3f}' for one in ratios)}   (goal 0.95)")
+        print(f"median                      {statistics.median(ratios):8.3f}")
+        print(f"longest step, s: with       {max(longest[::2]):8.2f}; without {max(longest[1::2]):.2f}")
         print(f"events said / stored        {len(said)} / {len(stored)}")
         print(f"checkpoints said            {sum(isinstance(event, CheckpointSaved) for event in said)}")
         return 0 if [e.seq for e in said] == [e.seq for e in stored] else 1

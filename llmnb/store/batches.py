@@ -17,6 +17,7 @@ def lean(cursor: Any) -> Any:
     """The same raw cursor, of ``find_raw_batches`` or ``aggregate_raw_batches``: same batches, same errors, sooner."""
     try:
         from bson import _convert_raw_document_lists_to_streams as to_streams
+        from bson import decode
         from bson.raw_bson import _RAW_ARRAY_BSON_OPTIONS as options
         from bson.raw_bson import RawBSONDocument
 
@@ -28,7 +29,7 @@ def lean(cursor: Any) -> Any:
         payload = getattr(response, "payload_document", None)
         if payload is None:
             return own(response, *given, **named)
-        reply: dict[str, Any] = dict(options.document_class(payload, options))
+        reply: dict[str, Any] = dict(decode(payload, options))
         if not isinstance(reply.get("cursor"), RawBSONDocument):  # an error, whose arrays have to be read
             return own(response, *given, **named)
         reply["cursor"] = dict(reply["cursor"])

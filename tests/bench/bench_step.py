@@ -169,7 +169,7 @@ def main() -> int:
         names = _names(one_work)
         trained = "all weights" if one_work.full else "LoRA"
         lengths = "equal" if one_work.equal else "uneven"
-        print(f"\nvocabulary {one_work.vocabulary}, {trained}, rows of {lengths} length, {known.steps} steps")
+        print(f"\nvocabulary {one_work.vocabulary}, {trained}, rows of {lengths} length, {one_work.steps} steps")
         found = compete(one_work, names)
         table(found)
         equal &= judge(one_work, found)

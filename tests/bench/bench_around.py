@@ -3,13 +3,14 @@
     python tests/bench/bench_around.py [run event checkpoint import log] [--rounds 5] [--steps 500] [--events 50000]
 
 ``run``: a background run through ``db.apply`` on a real mongod, with events and checkpoints, against the engine's loop
-alone over the same documents, seconds from step 10 to the last. ``event``: how long the training's thread is held by an
-event while the database answers after 20 ms (a proxy in front of mongod), and what a bare write and a fixed sum cost at
-the same moments: where the machine is slow all three rise together. ``checkpoint``: how long a step is held
-by an adapter checkpoint of 10 MB, and what a second put of the same bytes adds. ``import``: CPU seconds of
-``import llmnb`` beyond Python's own. ``log``: a run that logs every step; every third block of 500 steps says
-nothing and is compared with its neighbours (50 pairs: each alone is some per cent off on a noisy machine). Rounds are
-interleaved, figures are medians with the least and the most, of the pairs with the middle half.
+alone over the same documents, from step 10 to the last. The two take turns of a second, one is stopped while the other
+runs: one after the other, two of the same loops are up to a fifth apart on a noisy machine. ``event``: how long the
+training's thread is held by an event while the database answers after 20 ms (a proxy in front of mongod), and what a
+bare write and a fixed sum cost at the same moments: where the machine is slow all three rise together. ``checkpoint``:
+how long a step is held by an adapter checkpoint of 10 MB, and what a second put of the same bytes adds. ``import``: CPU
+seconds of ``import llmnb`` beyond Python's own. ``log``: a run that logs every step; every third block of 500 steps
+says nothing and is compared with its neighbours (50 pairs: each alone is some per cent off on a noisy machine). Rounds
+are interleaved, figures are medians with the least and the most, of the pairs with the middle half.
 ``bench_training`` has the reading of documents and a step with and without the database, ``bench_launch`` the time to
 the first loss.
 """
@@ -18,9 +19,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import resource
+import signal
 import socket
 import statistics
 import subprocess
@@ -28,7 +31,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,8 @@ from llmnb.store import embedded
 LINE = b"x" * 150 + b"\n"  # as long as a metric's
 PARTS = ("run", "event", "checkpoint", "import", "log")
 BLOCK = 500
+FIRST, TURN_S = 10, 1.0
+OVER = ("done", "failed", "stopped", "lost")
 DELAY_S = 0.020
 ROWS = [{"_id": i, "text": f"{i} and {i * 7} make {i * 8} " * 4, "_fold": "train"} for i in range(512)]
 
@@ -52,8 +57,11 @@ def told(what: str, values: list[float], unit: str, goal: str = "") -> None:
     print(f"{what:66} {middle:9.4g} ({least:.4g}–{most:.4g}) {unit}   {goal}", flush=True)
 
 
-def stamps(path: str) -> Any:
-    """A callback that writes to ``path`` when the steps ended (wall, CPU), and the time between steps, by step."""
+def stamps(path: str, first: int = 0) -> Any:
+    """A callback that writes to ``path`` when the steps ended (wall, CPU), and the time between steps, by step.
+
+    After step ``first`` it writes its process's id beside ``path`` and stops, until somebody lets it go on.
+    """
     from transformers import TrainerCallback
 
     class Stamps(TrainerCallback):
@@ -67,16 +75,23 @@ def stamps(path: str) -> Any:
             if self.ends:
                 self.between[state.global_step] = time.perf_counter() - self.ends[-1][0]
 
-        def on_step_end(self, *args: Any, **more: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, *more: Any, **others: Any) -> None:
+            import os
+            import signal
             import time
+            from pathlib import Path
 
             self.ends.append((time.perf_counter(), time.process_time()))
+            if state.global_step == first:
+                Path(path + ".pid").write_text(f"{os.getpid()} ")
+                os.kill(os.getpid(), signal.SIGSTOP)
 
         def on_train_end(self, *args: Any, **more: Any) -> None:
             import json
             from pathlib import Path
 
-            Path(path).write_text(json.dumps({"ends": self.ends, "between": self.between}))
+            Path(path + ".part").write_text(json.dumps({"ends": self.ends, "between": self.between}))
+            Path(path + ".part").rename(path)
 
     return Stamps()
 
@@ -85,11 +100,10 @@ def arguments(steps: int, **more: Any) -> dict[str, Any]:
     return {"max_steps": steps, "per_device_train_batch_size": 8, "logging_steps": 10, "use_cpu": True, **more}
 
 
-def apply(uri: str, home: Path, base: str, rank: int = 8, **given: Any) -> dict[str, Any]:
-    """One background run; what its stamps say."""
+def begin(uri: str, home: Path, base: str, path: str, *, rank: int = 8, first: int = 0, **given: Any) -> Any:
+    """One background run, begun; its stamps go to ``path``."""
     from llmnb import LLM, LLMTrainer, connect
 
-    path = str(home / "stamps.json")
     db = connect(uri, home=home)
     trainer = LLMTrainer(
         select=Collection("rows").find(),
@@ -98,14 +112,19 @@ def apply(uri: str, home: Path, base: str, rank: int = 8, **given: Any) -> dict[
         lora_r=rank,
         lora_dropout=0.0,
         max_seq_length=128,
-        training_kwargs={"callbacks": [stamps(path)]},
+        training_kwargs={"callbacks": [stamps(path, first)]},
         **given,
     )
-    run = db.apply(LLM("bench", base, trainer=trainer), wait=False)
+    return db.apply(LLM("bench", base, trainer=trainer), wait=False)
+
+
+def apply(uri: str, home: Path, base: str, rank: int = 8, **given: Any) -> dict[str, Any]:
+    """One background run; what its stamps say."""
+    path = home / "stamps.json"
+    run = begin(uri, home, base, str(path), rank=rank, **given)
     if run.wait(3600) != "done" and run.state != "done":
         raise SystemExit(f"{run!r}\n{run.logs()}")
-    db.close()
-    return {"run": run.id, **json.loads(Path(path).read_text())}
+    return {"run": run.id, **json.loads(path.read_text())}
 
 
 def bare(base: str, steps: int, path: str) -> None:
@@ -116,35 +135,75 @@ def bare(base: str, steps: int, path: str) -> None:
     config = TrainConfig(
         key="text", max_seq_length=128, lora_dropout=0.0, arguments=arguments(steps, save_strategy="no")
     )
-    kwargs = {"callbacks": [stamps(path)]}
+    kwargs = {"callbacks": [stamps(path, FIRST)]}
     with tempfile.TemporaryDirectory() as folder:
         spec = ModelSpec(model_name_or_path=base)
         train(spec, config, {"train": lambda: ROWS}, Hooks(), workdir=Path(folder), trainer_kwargs=kwargs)
+
+
+def pid_of(path: Path, alive: Callable[[], bool]) -> int:
+    """The process that has stopped itself after step ``FIRST``."""
+    note = Path(f"{path}.pid")
+    while not (note.exists() and note.read_text().endswith(" ")):
+        if not alive():
+            raise SystemExit(f"nothing was written to {note}")
+        time.sleep(0.05)
+    return int(note.read_text())
+
+
+def in_turns(pids: list[int], over: Callable[[], bool]) -> list[list[tuple[float, float]]]:
+    """Lets one of the stopped processes run at a time, for ``TURN_S``, until it is over. When each one ran."""
+    ran: list[list[tuple[float, float]]] = [[] for _ in pids]
+    for turn in itertools.count():
+        pid = pids[turn % len(pids)]
+        os.kill(pid, signal.SIGCONT)
+        began = time.perf_counter()
+        time.sleep(TURN_S)
+        if over():
+            break
+        os.kill(pid, signal.SIGSTOP)
+        ran[turn % len(pids)].append((began, time.perf_counter()))
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    return ran
+
+
+def a_step(ends: list[tuple[float, float]], ran: list[tuple[float, float]]) -> dict[str, float]:
+    """Seconds of a step, by the wall while it ran and of CPU, from step ``FIRST`` to the last one within the turns."""
+    known = [end for end in ends[FIRST - 1 :] if end[0] <= ran[-1][1]]
+    awake = sum(max(0.0, min(end, known[-1][0]) - began) for began, end in ran)
+    return {"wall": awake / (len(known) - 1), "CPU": (known[-1][1] - known[0][1]) / (len(known) - 1)}
+
+
+def one_round(uri: str, home: Path, base: str, steps: int, order: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """A step of ``whole`` and of ``bare``, side by side."""
+    paths = {who: home / f"{who}.json" for who in order}
+    for path in (*paths.values(), *(Path(f"{path}.pid") for path in paths.values())):
+        path.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--child", base, str(paths["bare"]), "--steps", str(steps)]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    pids = {"bare": pid_of(paths["bare"], lambda: child.poll() is None)}
+    given = arguments(steps, save_steps=100, save_total_limit=2)
+    run = begin(uri, home, base, str(paths["whole"]), first=FIRST, **given)
+    pids["whole"] = pid_of(paths["whole"], lambda: run.state not in OVER)
+    turns = in_turns([pids[who] for who in order], lambda: any(path.exists() for path in paths.values()))
+    child.wait(600)
+    run.wait(600)
+    ends = {who: json.loads(path.read_text())["ends"] for who, path in paths.items()}
+    return {who: a_step(ends[who], ran) for who, ran in zip(order, turns)}
 
 
 def whole_run(uri: str, home: Path, base: str, known: argparse.Namespace) -> None:
     from llmnb.launch import runner
 
     seen: dict[str, list[float]] = {"wall": [], "CPU": []}
-    first = 10
     try:
         for number in range(known.rounds):
-            times: dict[str, Any] = {}
-            for who in ("whole", "bare") if number % 2 else ("bare", "whole"):
-                if who == "whole":
-                    given = arguments(known.steps, save_steps=100, save_total_limit=2)
-                    times[who] = apply(uri, home, base, **given)["ends"]
-                    continue
-                path = home / "bare.json"
-                command = [sys.executable, __file__, "--child", base, str(path), "--steps", str(known.steps)]
-                subprocess.run(command, check=True, capture_output=True)
-                times[who] = json.loads(path.read_text())["ends"]
-            for at, clock in enumerate(("wall", "CPU")):
-                took = {who: ends[-1][at] - ends[first][at] for who, ends in times.items()}
-                seen[clock].append(took["whole"] / took["bare"])
-            print(
-                f"  a step of the bare loop {took['bare'] / (known.steps - first - 1) * 1e3:.1f} ms of CPU", flush=True
-            )
+            took = one_round(uri, home, base, known.steps, ("whole", "bare") if number % 2 else ("bare", "whole"))
+            for clock, values in seen.items():
+                values.append(took["whole"][clock] / took["bare"][clock])
+            print(f"  a step of the bare loop {took['bare']['CPU'] * 1e3:.1f} ms of CPU", flush=True)
     finally:
         runner.stop(home, patience=5.0)
     for clock, values in seen.items():

@@ -183,13 +183,16 @@ def one_round(uri: str, home: Path, base: str, steps: int, order: tuple[str, ...
         path.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--child", base, str(paths["bare"]), "--steps", str(steps)]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    pids = {"bare": pid_of(paths["bare"], lambda: child.poll() is None)}
-    given = arguments(steps, save_steps=100, save_total_limit=2)
-    run = begin(uri, home, base, str(paths["whole"]), first=FIRST, **given)
-    pids["whole"] = pid_of(paths["whole"], lambda: run.state not in OVER)
-    turns = in_turns([pids[who] for who in order], lambda: any(path.exists() for path in paths.values()))
-    child.wait(600)
-    run.wait(600)
+    try:
+        pids = {"bare": pid_of(paths["bare"], lambda: child.poll() is None)}
+        given = arguments(steps, save_steps=100, save_total_limit=2)
+        run = begin(uri, home, base, str(paths["whole"]), first=FIRST, **given)
+        pids["whole"] = pid_of(paths["whole"], lambda: run.state not in OVER)
+        turns = in_turns([pids[who] for who in order], lambda: any(path.exists() for path in paths.values()))
+        child.wait(600)
+        run.wait(600)
+    finally:
+        child.kill()
     ends = {who: json.loads(path.read_text())["ends"] for who, path in paths.items()}
     return {who: a_step(ends[who], ran) for who, ran in zip(order, turns)}
 

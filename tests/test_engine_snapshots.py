@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from drill import Drill, pairs, train
@@ -121,8 +123,80 @@ def test_a_whole_model_is_written_at_once(tmp_path, monkeypatch):
 
 
 def test_copies_are_apart_from_what_they_were_made_of():
+    weight = torch.nn.Parameter(torch.full((2, 3), 0.5).t())
     state = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.ones(3)}}, "groups": [{"lr": 0.1, "at": (1, 2)}]}
     before = copy.deepcopy(state)
-    made = snapshots.copied(state)
+    copies = snapshots.Copies()
+    made, (twin,) = copies.of(state), copies.of((weight,))
+    copies.make()
+    copies.make()  # nothing is left to do
     state["state"][0]["exp_avg"] += 1
+    state["state"][0]["step"] += 1
+    weight.data += 1
     assert made["groups"] == before["groups"] and torch.equal(made["state"][0]["exp_avg"], torch.ones(3))
+    assert made["state"][0]["step"] == 1.0
+    assert torch.equal(twin, torch.full((3, 2), 0.5)) and not twin.requires_grad and twin.stride() == weight.stride()
+
+
+class Slow(snapshots.Copies):
+    """Takes longer than a step computes; notes on which thread."""
+
+    made: ClassVar[list[str]] = []
+
+    def make(self):
+        if self._sources:
+            time.sleep(0.5)
+            self.made.append(threading.current_thread().name)
+        super().make()
+
+
+class Meddles(transformers.TrainerCallback):
+    """Changes the weights before the next step."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.01
+
+
+class Ends(transformers.TrainerCallback):
+    """Ends the training after step 4, and then changes the weights."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 4
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.zero_()
+
+
+@pytest.mark.parametrize(
+    ("callback", "arguments", "threads"),
+    [
+        (None, {}, "beside beside here"),  # after the last step nothing comes that it could be copied beside
+        (Meddles, {}, "here here here"),
+        (Ends, {}, "beside here"),
+        (None, {"optim": "adafactor"}, "here here here"),
+    ],
+    ids=["nobody", "meddles", "ends", "an-optimizer-of-its-own"],
+)
+def test_nothing_changes_before_it_is_copied(callback, arguments, threads, tmp_path, monkeypatch):
+    """Copies take longer than the step that they are made beside; where it may change something, they are made first.
+
+    The bytes are those that are written when somebody looks at each checkpoint as soon as its step is over.
+    """
+    given = [callback()] if callback else []
+    options = {"documents": pairs(), **SAVING, **arguments}
+    looks = Looks()
+    at_once = train(tmp_path / "at once", trainer_kwargs={"callbacks": [looks, *given]}, **options)
+    monkeypatch.setattr(snapshots, "Copies", Slow)
+    monkeypatch.setattr(Slow, "made", [])
+    slow = train(tmp_path / "slow", trainer_kwargs={"callbacks": given}, **options)
+    assert slow.losses() == at_once.losses()
+    assert " ".join("beside" if name == "llmnb-checkpoint" else "here" for name in Slow.made) == threads
+    for later, now in zip(files(slow), looks.seen, strict=True):
+        for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            assert later[name] == now[name], name

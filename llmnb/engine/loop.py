@@ -246,6 +246,7 @@ class Loop(Trainer):
             with attention.rows(part.get("position_ids")):
                 loss = loss + super().training_step(model, part, *args, **kwargs)
         self._watch.look("loss", loss, self.state.global_step + 1)
+        self.writer.settle()  # what comes next changes the weights
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
@@ -264,6 +265,8 @@ class Loop(Trainer):
         if self.ending and self.control.should_training_stop and self.saved_step != self.state.global_step:
             self._save_checkpoint(model, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        if self.control.should_training_stop:
+            self.writer.settle()  # no step comes; what a person's callbacks do at the end may change the weights
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         summary = "train_runtime" in logs

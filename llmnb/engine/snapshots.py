@@ -1,8 +1,10 @@
 """Checkpoints beside the training: what changes from step to step is copied, and a thread writes the copy.
 
-Trainer writes an adapter, its optimizer, the tokenizer and its own state while the training waits. Here the waiting is
-for the copies only; the files, and their names, are the same. One checkpoint is written at a time: the next one waits
-for it, so that no more than one copy is in memory. Knows Trainer's way to save; no database.
+Trainer writes an adapter, its optimizer, the tokenizer and its own state while the training waits. Here a thread does
+it; the files, and their names, are the same. What is trained changes at the end of the next step only, so that the
+thread copies it while that step is computed, and the training waits for the copies before it changes anything. One
+checkpoint is written at a time: the next one waits for it, so that no more than one copy is in memory. Knows Trainer's
+way to save; no database.
 """
 
 from __future__ import annotations
@@ -21,18 +23,40 @@ from transformers import TrainerCallback
 if TYPE_CHECKING:
     from .loop import Loop
 
-__all__ = ["Writer", "copied"]
+__all__ = ["Copies", "Writer"]
 
 
-def copied(value: Any) -> Any:
-    """Nested dicts, lists and tuples with each tensor copied to the CPU; anything else is the same object."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: copied(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(copied(item) for item in value)
-    return value
+# What Trainer calls before a checkpoint is taken, or once the next step's gradients are there.
+_HARMLESS = {"on_init_end", "on_train_begin", "on_step_end", "on_substep_end", "on_pre_optimizer_step"}
+_HARMLESS |= {"on_optimizer_step", "on_train_end"}
+
+
+class Copies:
+    """Tensors with their copies on the CPU, which hold nothing until ``make``."""
+
+    def __init__(self) -> None:
+        self._sources: list[torch.Tensor] = []
+        self._copies: list[torch.Tensor] = []
+
+    def of(self, value: Any) -> Any:
+        """Nested dicts, lists and tuples with a copy in place of each tensor; anything else is the same object."""
+        if isinstance(value, torch.Tensor):
+            self._sources.append(value)
+            self._copies.append(torch.empty_like(value, device="cpu", requires_grad=False))
+            return self._copies[-1]
+        if isinstance(value, dict):
+            return {key: self.of(item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(self.of(item) for item in value)
+        return value
+
+    def make(self) -> None:
+        """Copies all of them, once; Python's lock is free meanwhile."""
+        sources, copies = self._sources, self._copies
+        self._sources, self._copies = [], []
+        if sources:
+            with torch.no_grad():
+                torch._foreach_copy_(copies, sources)
 
 
 class Writer:
@@ -43,6 +67,9 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._card: bytes | None = None
+        self._copies = Copies()
+        self._copied = threading.Event()
+        self._copied.set()
         self.open = False
 
     @contextlib.contextmanager
@@ -58,10 +85,14 @@ class Writer:
             yield
         except BaseException:
             self._work.clear()
+            self._copies = Copies()
             raise
         finally:
             self.open = False
         if self._work:
+            if _changes_soon(loop):
+                self._copies.make()
+            self._copied.clear()
             self._thread = threading.Thread(target=self._write, name="llmnb-checkpoint", daemon=True)
             self._thread.start()
 
@@ -74,11 +105,19 @@ class Writer:
 
     def _write(self) -> None:
         try:
+            try:
+                self._copies.make()
+            finally:
+                self._copied.set()
             for write in self._work:
                 write()
         except BaseException as error:  # noqa: BLE001 - the border of the thread: the training raises it
             self._error = error
         self._work.clear()
+
+    def settle(self) -> None:
+        """Until what the last checkpoint holds is copied, and may change. What went wrong is raised by ``wait``."""
+        self._copied.wait()
 
     def wait(self) -> None:
         """Until the last checkpoint is written, and handed over.
@@ -100,7 +139,8 @@ class Writer:
         if self.open and options.get("state_dict") is None:
             # Not state_dict(): of a 4-bit base it packs every weight.
             names = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-            options["state_dict"] = {name: copied(p) if p.requires_grad else p.detach() for name, p in names.items()}
+            copy = self._copies.of
+            options["state_dict"] = {name: copy(p) if p.requires_grad else p.detach() for name, p in names.items()}
         self.later(self._adapter, save, folder, **options)
 
     def _adapter(self, save: Callable[..., Any], folder: str, **options: Any) -> None:
@@ -116,7 +156,7 @@ class Writer:
 
     def tensors(self, state: dict[str, Any], path: Path) -> None:
         """An optimizer's or a schedule's state as it is now."""
-        self.later(torch.save, copied(state) if self.open else state, path)
+        self.later(torch.save, self._copies.of(state) if self.open else state, path)
 
     def state(self, state: Any, path: str) -> None:
         """Trainer's own state as it is now. Of a long run its logs are megabytes of JSON."""
@@ -133,3 +173,22 @@ def _can_wait(loop: Loop) -> bool:
         return False
     looks = any(type(callback).on_save is not TrainerCallback.on_save for callback in loop.callback_handler.callbacks)
     return hasattr(loop.model, "peft_config") and loop.principal is None and not looks
+
+
+def _changes_soon(loop: Loop) -> bool:
+    """True where weights or optimizer may change before the next step's own change: nothing can be copied meanwhile."""
+    if loop.control.should_training_stop or loop.state.global_step >= loop.state.max_steps:
+        return True  # no step comes, and what does at the end of a run may change them
+    optimizer = getattr(loop.optimizer, "optimizer", loop.optimizer)
+    if not type(optimizer).__module__.startswith(("torch.optim.", "bitsandbytes.")):
+        return True  # some make their step while gradients are computed
+    return any(_of_a_person(callback) for callback in loop.callback_handler.callbacks)
+
+
+def _of_a_person(callback: TrainerCallback) -> bool:
+    """True for one that may do anything between two steps."""
+    kind = type(callback)
+    if kind.__module__.startswith(("transformers.", "llmnb.")):
+        return False
+    events = (name for name in dir(TrainerCallback) if name.startswith("on_") and name not in _HARMLESS)
+    return any(getattr(kind, name) is not getattr(TrainerCallback, name) for name in events)

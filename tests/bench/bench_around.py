@@ -58,7 +58,7 @@ def told(what: str, values: list[float], unit: str, goal: str = "") -> None:
 
 
 def stamps(path: str, first: int = 0) -> Any:
-    """A callback that writes to ``path`` when the steps ended (wall, CPU), and the time between steps, by step.
+    """A callback that writes to ``path`` when the steps ended (wall, CPU), and for how long each checkpoint held them.
 
     After step ``first`` it writes its process's id beside ``path`` and stops, until somebody lets it go on.
     """
@@ -67,13 +67,29 @@ def stamps(path: str, first: int = 0) -> Any:
     class Stamps(TrainerCallback):
         def __init__(self) -> None:
             self.ends: list[tuple[float, float]] = []
-            self.between: dict[int, float] = {}
+            self.held: list[float] = []
 
-        def on_step_begin(self, args: Any, state: Any, *more: Any, **others: Any) -> None:
+        def on_train_begin(self, *args: Any, **more: Any) -> None:
+            # Not between the steps: what a person's callback might do there has each copy made at once.
             import time
 
-            if self.ends:
-                self.between[state.global_step] = time.perf_counter() - self.ends[-1][0]
+            from llmnb.engine.loop import Loop
+            from llmnb.engine.snapshots import Writer
+
+            def timed(own: Any, note: Any) -> Any:
+                def call(*args: Any, **kwargs: Any) -> Any:
+                    began = time.perf_counter()
+                    own(*args, **kwargs)
+                    note(time.perf_counter() - began)
+
+                return call
+
+            def waited(seconds: float) -> None:
+                if self.held:
+                    self.held[-1] += seconds
+
+            Loop._save_checkpoint = timed(Loop._save_checkpoint, self.held.append)  # type: ignore[method-assign]
+            Writer.settle = timed(Writer.settle, waited)  # type: ignore[method-assign]
 
         def on_step_end(self, args: Any, state: Any, *more: Any, **others: Any) -> None:
             import os
@@ -90,7 +106,7 @@ def stamps(path: str, first: int = 0) -> Any:
             import json
             from pathlib import Path
 
-            Path(path + ".part").write_text(json.dumps({"ends": self.ends, "between": self.between}))
+            Path(path + ".part").write_text(json.dumps({"ends": self.ends, "held": self.held}))
             Path(path + ".part").rename(path)
 
     return Stamps()
@@ -321,9 +337,7 @@ def checkpoint(uri: str, home: Path, known: argparse.Namespace) -> None:
     try:
         for _ in range(known.rounds):
             seen = apply(uri, home, base, rank=96, **arguments(40, save_steps=8, logging_steps=100))
-            between = {int(step): seconds * 1e3 for step, seconds in seen["between"].items()}
-            quiet = statistics.median([ms for step, ms in between.items() if step % 8])
-            held += [ms - quiet for step, ms in between.items() if step % 8 == 0]
+            held += [seconds * 1e3 for seconds in seen["held"][:-1]]  # the last one is at the end: no step waits
     finally:
         runner.stop(home, patience=5.0)
     with open_store(uri, home=home) as store:

@@ -404,7 +404,8 @@ def log(uri: str, home: Path, known: argparse.Namespace) -> None:
                 if memory:
                     took["wall"].append(ended - self.began[0])
                     took["CPU"].append(time.process_time() - self.began[1])
-                memory.append(psutil.Process().memory_full_info().uss / 1e6)
+                seen = psutil.Process().memory_info()  # without libraries, which others may share from time to time
+                memory.append((seen.rss - seen.shared) / 1e6)
                 self.began = time.perf_counter(), time.process_time()
 
         options = arguments(steps, logging_steps=1, save_strategy="no", per_device_train_batch_size=1)

@@ -6,7 +6,8 @@
 The work: a Llama of 6 layers, width 256, 8 heads (4 key-value); LoRA of rank 16 on all linear layers without dropout,
 or all weights; 8 rows a step out of 2 000, lengths log-normal (median 150, sigma 0.9, 16 to 1 024), the first 40 % of
 each a prompt without loss; float32, one thread. ``--equal``: all rows 256 long, where padding gives nothing away. Every
-round starts each contestant in a process of its own, one after another; figures are medians with the least and the
+round starts each contestant in a process of its own, one after another (``--turns``: side by side, one of them at a
+time for a second, so that they meet the same moments of a noisy machine); figures are medians with the least and the
 most, ratios are medians of each round's ratio. Padding is never counted as tokens. As little of a padded batch is real
 in the steps that are measured as in the whole epoch (``uneven.SEED``).
 
@@ -28,6 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -70,6 +72,7 @@ GOALS: dict[tuple[int, bool, bool], list[Goal]] = {
     (8192, False, True): [("trainer", "rate", 1.1), ("bare-tricks", "rate", 0.97)],
 }
 Found = dict[str, dict[int, dict[str, Any]]]
+TURN_S = 1.0
 
 
 def compete(known: argparse.Namespace, names: list[str]) -> Found:
@@ -83,19 +86,55 @@ def compete(known: argparse.Namespace, names: list[str]) -> Found:
         here = {**env, "PYTHONPATH": os.pathsep.join(sys.path[:3])}
         subprocess.run([sys.executable, "-c", make], env=here, check=True, stdout=sys.stderr)
         for number in range(known.rounds):
-            for name in names:
-                if name in AT_DEFAULTS and number and not known.defaults_too:
-                    continue
-                began = time.perf_counter()
-                command = [sys.executable, __file__, *flags, f"--base={base}", f"--contestant={name}"]
-                done = subprocess.run(command, env=env, capture_output=True, text=True)
-                if done.returncode:
-                    raise SystemExit(f"{name} failed:\n{done.stderr[-4000:]}")
-                found[name][number] = json.loads(done.stdout.splitlines()[-1])
-                seconds = time.perf_counter() - began
-                rate = found[name][number]["rate"]
-                print(f"  round {number + 1} {name:20} {rate:8,.0f}   {seconds:5.0f} s", flush=True)
+            children: dict[str, Child] = {}
+            try:
+                for name in names:
+                    if name in AT_DEFAULTS and number and not known.defaults_too:
+                        continue
+                    command = [sys.executable, __file__, *flags, f"--base={base}", f"--contestant={name}"]
+                    children[name] = Child(command, env)
+                    if not known.turns:
+                        children[name].process.wait()
+                in_turns([child.process for child in children.values()])
+                for name, child in children.items():
+                    found[name][number] = child.said()
+                    print(f"  round {number + 1} {name:20} {found[name][number]['rate']:8,.0f}", flush=True)
+            finally:
+                for child in children.values():
+                    child.process.kill()
     return found
+
+
+class Child:
+    """A contestant's process; what it says goes to files, so that it never waits for a reader."""
+
+    def __init__(self, command: list[str], env: dict[str, str]) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="llmnb-step-")
+        self.files = [Path(self.folder.name) / name for name in ("out", "errors")]
+        with self.files[0].open("w") as out, self.files[1].open("w") as errors:
+            self.process = subprocess.Popen(command, env=env, stdout=out, stderr=errors)
+
+    def said(self) -> dict[str, Any]:
+        """Its last line."""
+        failed = self.process.wait()
+        with self.folder:
+            out, errors = (file.read_text() for file in self.files)
+        if failed:
+            raise SystemExit(f"{self.process.args} failed:\n{errors[-4000:]}")
+        return dict(json.loads(out.splitlines()[-1]))
+
+
+def in_turns(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Lets one of them run at a time, for ``TURN_S``, until all but one have ended."""
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    while len(alive := [process for process in processes if process.poll() is None]) > 1:
+        for process in alive:
+            process.send_signal(signal.SIGCONT)
+            time.sleep(TURN_S)
+            process.send_signal(signal.SIGSTOP)
+    for process in processes:
+        process.send_signal(signal.SIGCONT)
 
 
 def ratios(found: Found, name: str, other: str, what: str) -> list[float]:
@@ -107,17 +146,17 @@ def spread(values: list[float], form: str) -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
-def table(found: Found) -> None:
+def table(found: Found, turns: bool) -> None:
     """One line for each contestant."""
     beside = "trainer" if found.get("trainer") else next(iter(found))
     print(f"\n| | rounds | real tokens per CPU second | × {beside} | by the wall | peak, GB | × {beside} |")
     print("|---|---|---|---|---|---|---|")
     for name, runs in found.items():
         rate, peak = ([run[what] for run in runs.values()] for what in ("rate", "peak"))
-        wall = statistics.median(run["wall"] for run in runs.values())
+        wall = "–" if turns else f"{statistics.median(run['wall'] for run in runs.values()):,.0f}"
         faster, larger = (ratios(found, name, beside, what) for what in ("rate", "peak"))
         print(
-            f"| {name} | {len(runs)} | {spread(rate, ',.0f')} | {spread(faster, '.2f')} | {wall:,.0f} "
+            f"| {name} | {len(runs)} | {spread(rate, ',.0f')} | {spread(faster, '.2f')} | {wall} "
             f"| {spread(peak, '.2f')} | {statistics.median(larger):.2f} |"
         )
 
@@ -155,6 +194,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12, help="the clock runs from the third on")
     parser.add_argument("--only", default="", help="contestants, with commas between: " + ", ".join(CONTESTANTS))
     parser.add_argument("--all", action="store_true", help="the works that have goals")
+    parser.add_argument("--turns", action="store_true", help="side by side, one at a time for a second")
     parser.add_argument("--defaults-too", action="store_true", help="every round also with TRL's own settings")
     parser.add_argument("--contestant", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
@@ -171,7 +211,7 @@ def main() -> int:
         lengths = "equal" if one_work.equal else "uneven"
         print(f"\nvocabulary {one_work.vocabulary}, {trained}, rows of {lengths} length, {one_work.steps} steps")
         found = compete(one_work, names)
-        table(found)
+        table(found, one_work.turns)
         equal &= judge(one_work, found)
     return 0 if equal else 1
 

@@ -178,7 +178,7 @@ def _can_wait(loop: Loop) -> bool:
 def _changes_soon(loop: Loop) -> bool:
     """True where weights or optimizer may change before the next step's own change: nothing can be copied meanwhile."""
     if loop.control.should_training_stop or loop.state.global_step >= loop.state.max_steps:
-        return True  # no step comes, and what does at the end of a run may change them
+        return True  # no step comes; what comes at the end of a run may change them
     optimizer = getattr(loop.optimizer, "optimizer", loop.optimizer)
     if not type(optimizer).__module__.startswith(("torch.optim.", "bitsandbytes.")):
         return True  # some make their step while gradients are computed

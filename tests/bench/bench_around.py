@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import resource
-import signal
 import socket
 import statistics
 import subprocess
@@ -38,6 +36,8 @@ from typing import Any
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[2:0:-1]]
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
+from turns import in_turns
+
 from llmnb.config import ModelSpec, TrainConfig
 from llmnb.events import Metric
 from llmnb.query import Collection
@@ -46,7 +46,7 @@ from llmnb.store import embedded
 LINE = b"x" * 150 + b"\n"  # as long as a metric's
 PARTS = ("run", "event", "checkpoint", "import", "log")
 BLOCK = 500
-FIRST, TURN_S = 10, 1.0
+FIRST = 10
 OVER = ("done", "failed", "stopped", "lost")
 DELAY_S = 0.020
 ROWS = [{"_id": i, "text": f"{i} and {i * 7} make {i * 8} " * 4, "_fold": "train"} for i in range(512)]
@@ -167,24 +167,6 @@ def pid_of(path: Path, alive: Callable[[], bool]) -> int:
     return int(note.read_text())
 
 
-def in_turns(pids: list[int], over: Callable[[], bool]) -> list[list[tuple[float, float]]]:
-    """Lets one of the stopped processes run at a time, for ``TURN_S``, until it is over. When each one ran."""
-    ran: list[list[tuple[float, float]]] = [[] for _ in pids]
-    for turn in itertools.count():
-        pid = pids[turn % len(pids)]
-        os.kill(pid, signal.SIGCONT)
-        began = time.perf_counter()
-        time.sleep(TURN_S)
-        if over():
-            break
-        os.kill(pid, signal.SIGSTOP)
-        ran[turn % len(pids)].append((began, time.perf_counter()))
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
-    return ran
-
-
 def a_step(ends: list[tuple[float, float]], ran: list[tuple[float, float]]) -> dict[str, float]:
     """Seconds of a step, by the wall while it ran and of CPU, from step ``FIRST`` to the last one within the turns."""
     known = [end for end in ends[FIRST - 1 :] if end[0] <= ran[-1][1]]
@@ -204,13 +186,14 @@ def one_round(uri: str, home: Path, base: str, steps: int, order: tuple[str, ...
         given = arguments(steps, save_steps=100, save_total_limit=2)
         run = begin(uri, home, base, str(paths["whole"]), first=FIRST, **given)
         pids["whole"] = pid_of(paths["whole"], lambda: run.state not in OVER)
-        turns = in_turns([pids[who] for who in order], lambda: any(path.exists() for path in paths.values()))
+        taking = [pids[who] for who in order]
+        turns = in_turns(lambda: [] if any(path.exists() for path in paths.values()) else taking)
         child.wait(600)
         run.wait(600)
     finally:
         child.kill()
     ends = {who: json.loads(path.read_text())["ends"] for who, path in paths.items()}
-    return {who: a_step(ends[who], ran) for who, ran in zip(order, turns)}
+    return {who: a_step(ends[who], turns[pids[who]]) for who in order}
 
 
 def whole_run(uri: str, home: Path, base: str, known: argparse.Namespace) -> None:

@@ -27,14 +27,13 @@ from the bare loop's.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ sys.path[:0] = [str(folder) for folder in (*Path(__file__).resolve().parents[2:0
 
 from step_contestants import AT_DEFAULTS, CONTESTANTS
 from step_work import WARM
+from turns import in_turns
 
 MOST_APART = 1e-4
 PIECE = 50  # steps over which transformers sorts rows by length
@@ -72,7 +72,6 @@ GOALS: dict[tuple[int, bool, bool], list[Goal]] = {
     (8192, False, True): [("trainer", "rate", 1.1), ("bare-tricks", "rate", 0.97)],
 }
 Found = dict[str, dict[int, dict[str, Any]]]
-TURN_S = 1.0
 
 
 def compete(known: argparse.Namespace, names: list[str]) -> Found:
@@ -95,7 +94,7 @@ def compete(known: argparse.Namespace, names: list[str]) -> Found:
                     children[name] = Child(command, env)
                     if not known.turns:
                         children[name].process.wait()
-                in_turns([child.process for child in children.values()])
+                in_turns(functools.partial(_alive, list(children.values())))
                 for name, child in children.items():
                     found[name][number] = child.said()
                     print(f"  round {number + 1} {name:20} {found[name][number]['rate']:8,.0f}", flush=True)
@@ -124,17 +123,8 @@ class Child:
         return dict(json.loads(out.splitlines()[-1]))
 
 
-def in_turns(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Lets one of them run at a time, for ``TURN_S``, until all but one have ended."""
-    for process in processes:
-        process.send_signal(signal.SIGSTOP)
-    while len(alive := [process for process in processes if process.poll() is None]) > 1:
-        for process in alive:
-            process.send_signal(signal.SIGCONT)
-            time.sleep(TURN_S)
-            process.send_signal(signal.SIGSTOP)
-    for process in processes:
-        process.send_signal(signal.SIGCONT)
+def _alive(children: list[Child]) -> list[int]:
+    return [child.process.pid for child in children if child.process.poll() is None]
 
 
 def ratios(found: Found, name: str, other: str, what: str) -> list[float]:
